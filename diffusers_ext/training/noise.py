@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from .rng import StepRNG
 
-__all__ = ["NOISE_STRATEGIES", "GaussianNoise", "NoiseStrategy", "make_noise"]
+__all__ = ["NOISE_STRATEGIES", "GaussianNoise", "NoiseStrategy", "make_noise", "offset_noise"]
 
 # Name on the command line -> public class of `diffusers_ext`. Methods add a line here and keep their class in their
 # own folder; it is resolved through the package root when it is used.
@@ -78,11 +78,25 @@ class GaussianNoise:
         accelerator: Accelerator | None = None,
     ) -> torch.Tensor:
         """Returns noise of `x0`'s shape and dtype; see `NoiseStrategy`."""
-        noise = rng.randn_like(x0, ids)
-        if self.offset:
-            channel = x0.flatten(2)[:, :, 0]
-            noise += self.offset * rng.randn_like(channel, ids).view(*channel.shape, *[1] * (x0.ndim - 2))
-        return noise.to(x0.dtype)
+        noise = rng.randn_like(x0, ids).to(x0.dtype)
+        return offset_noise(noise, self.offset, rng, ids) if self.offset else noise
+
+
+def offset_noise(noise: torch.Tensor, offset: float, rng: StepRNG, ids: Sequence[int] | None = None) -> torch.Tensor:
+    """Adds to each channel of each sample one normal number that all its pixels share.
+
+    Args:
+        noise: `(batch, channels, ...)`.
+        offset: standard deviation of the added number.
+        rng: the random numbers of this micro-step.
+        ids: `(batch,)` global indices of the samples.
+
+    Returns:
+        A tensor of `noise`'s shape and dtype.
+    """
+    channels = noise.flatten(2)[:, :, 0]
+    shared = rng.randn_like(channels, ids).view(*channels.shape, *[1] * (noise.ndim - 2))
+    return noise + (offset * shared).to(noise.dtype)
 
 
 def make_noise(name: str, **options: Any) -> NoiseStrategy:

@@ -108,8 +108,9 @@ class StepRNG:
         """
         shape = tuple(x.shape)
         if self.scope == "sample" and ids is not None:
-            rows = [torch.randn(shape[1:], generator=self.generator(stream, x.device, id=i), device=x.device)
-                    for i in ids]
+            rows = [
+                torch.randn(shape[1:], generator=self.generator(stream, x.device, id=i), device=x.device) for i in ids
+            ]
             return torch.stack(rows)
         return torch.randn(shape, generator=self.generator(stream, x.device, rank), device=x.device)
 
@@ -118,7 +119,9 @@ class StepRNG:
     ) -> torch.Tensor:
         """Draws `n` uniform numbers in `[0, 1)`, row by row from `ids` with `scope="sample"`."""
         if self.scope == "sample" and ids is not None:
-            return torch.cat([torch.rand(1, generator=self.generator(stream, device, id=i), device=device) for i in ids])
+            return torch.cat(
+                [torch.rand(1, generator=self.generator(stream, device, id=i), device=device) for i in ids]
+            )
         return torch.rand(n, generator=self.generator(stream, device), device=device)
 
     def randint(

@@ -1,0 +1,164 @@
+"""What happens around the training loop: progress, logs, trackers and validation pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.utils import make_image_grid
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .rng import mix
+
+if TYPE_CHECKING:
+    from .engine import Trainer
+
+__all__ = ["Callback", "MetricsLog", "ProgressBar", "Trackers", "Validation", "image_grid"]
+
+VALIDATION = 5
+
+
+class Callback:
+    """Hooks of the training loop; every process calls them, at the same points.
+
+    All take the `Trainer`, whose `step`, `config`, `accelerator` and `recipe` they may read.
+    """
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first update, after a checkpoint was loaded."""
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        """After every update."""
+
+    def on_log(self, trainer: Trainer, logs: dict[str, float]) -> None:
+        """Every `logging_steps` updates, with means since the last call."""
+
+    def on_validate(self, trainer: Trainer, images: list[Image.Image]) -> None:
+        """After validation pictures were drawn; `images` is empty on all but the main process."""
+
+    def on_save(self, trainer: Trainer, checkpoint: Path) -> None:
+        """After a checkpoint was written."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """At the end, also when a signal stopped the run."""
+
+
+def image_grid(images: list[Image.Image]) -> Image.Image:
+    """Arranges images in a square grid, or as near to one as their number allows; the last row may be incomplete."""
+    columns = max(1, round(len(images) ** 0.5))
+    rows = -(-len(images) // columns)
+    blank = Image.new(images[0].mode, images[0].size)
+    return make_image_grid(images + [blank] * (rows * columns - len(images)), rows=rows, cols=columns)
+
+
+class ProgressBar(Callback):
+    """A bar with loss, learning rate, images per second and time left, on the main process."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.bar = tqdm(
+            total=trainer.total_steps,
+            initial=trainer.step,
+            desc="training",
+            unit="step",
+            disable=not trainer.accelerator.is_main_process,
+        )
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        self.bar.update()
+
+    def on_log(self, trainer: Trainer, logs: dict[str, float]) -> None:
+        self.bar.set_postfix_str(
+            f"loss {logs['loss']:.4f}, lr {logs['lr']:.2e}, {logs['images_per_second']:.0f} images/s", refresh=False
+        )
+
+    def on_end(self, trainer: Trainer) -> None:
+        self.bar.close()
+
+
+class MetricsLog(Callback):
+    """`metrics.jsonl` in the run's folder, one object per log; a resumed run cuts what lies after its checkpoint."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.path = Path(trainer.config.output_dir) / "metrics.jsonl"
+        if not trainer.accelerator.is_main_process:
+            return
+        lines = self.path.read_text().splitlines() if trainer.step and self.path.is_file() else []
+        whole = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= trainer.step]
+        partial = self.path.with_suffix(".tmp")
+        partial.write_text("".join(line + "\n" for line in whole))
+        os.replace(partial, self.path)
+
+    def on_log(self, trainer: Trainer, logs: dict[str, float]) -> None:
+        if trainer.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": trainer.step, **logs}) + "\n")
+
+
+class Trackers(Callback):
+    """The trackers of `--report_to`, through accelerate."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        # Trackers' hyperparameter tables take scalars only.
+        flat = {k: v if isinstance(v, int | float | str) else str(v) for k, v in trainer.config.to_dict().items()}
+        trainer.accelerator.init_trackers(trainer.config.tracker_project_name, config=flat)
+
+    def on_log(self, trainer: Trainer, logs: dict[str, float]) -> None:
+        trainer.accelerator.log(logs, step=trainer.step)
+
+    def on_validate(self, trainer: Trainer, images: list[Image.Image]) -> None:
+        import numpy as np
+
+        if not images:
+            return
+        arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])
+        for tracker in trainer.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.add_images("validation", arrays, trainer.step, dataformats="NHWC")
+            elif tracker.name in ("wandb", "trackio"):
+                module = __import__(tracker.name)
+                tracker.log({"validation": [module.Image(a) for a in arrays]}, step=trainer.step)
+
+    def on_end(self, trainer: Trainer) -> None:
+        trainer.accelerator.end_training()
+
+
+class Validation(Callback):
+    """Sample pictures every `validation_steps` updates, in `samples/`.
+
+    They have a generator of their own, and every training step seeds the global ones: training does not notice.
+    """
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        every = trainer.config.validation_steps
+        if every and trainer.step % every == 0:
+            images = self.draw(trainer)
+            for callback in trainer.callbacks:
+                callback.on_validate(trainer, images)
+
+    def draw(self, trainer: Trainer) -> list[Image.Image]:
+        """Draws and saves the pictures of this step; returns them on the main process."""
+        images: list[Image.Image] = []
+        with trainer.exported_pipeline() as pipeline:
+            if pipeline is not None:
+                start = time.perf_counter()
+                generator = torch.Generator().manual_seed(mix(trainer.config.seed, VALIDATION))
+                pipeline.set_progress_bar_config(disable=True)
+                images = trainer.recipe.validate(pipeline, generator)
+                folder = Path(trainer.config.output_dir) / "samples"
+                folder.mkdir(exist_ok=True)
+                image_grid(images).save(folder / f"step-{trainer.step:07d}.png")
+                trainer.pause(time.perf_counter() - start)
+        return images
+
+
+def default_callbacks(config: Any) -> list[Callback]:
+    """Returns the callbacks that every run has."""
+    callbacks: list[Callback] = [ProgressBar(), MetricsLog()]
+    if config.trackers:
+        callbacks.append(Trackers())
+    return [*callbacks, Validation()]

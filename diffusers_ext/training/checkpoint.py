@@ -1,0 +1,178 @@
+"""Checkpoints that are either whole or absent, written by all processes together."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import diffusers
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+__all__ = ["CheckpointError", "find_checkpoint", "load_checkpoint", "save_checkpoint"]
+
+MANIFEST = "manifest.json"
+STATE = "engine_state.pt"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; earlier ones are whole."""
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that a result depends on."""
+    return {"torch": torch.__version__, "diffusers": diffusers.__version__, "accelerate": accelerate.__version__}
+
+
+def _signature(model: nn.Module) -> dict[str, list[int]]:
+    return {name.removeprefix("module."): list(p.shape) for name, p in model.named_parameters()}
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    found = [p for p in directory.glob("checkpoint-*") if p.name[11:].isdigit() and (p / MANIFEST).is_file()]
+    return sorted(found, key=lambda p: int(p.name[11:]))
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    directory: str | os.PathLike,
+    *,
+    step: int,
+    samples_seen: int,
+    model: nn.Module,
+    state: dict[str, Any],
+    config: dict[str, Any],
+    total_limit: int | None = None,
+) -> Path:
+    """Writes `checkpoint-{step}`: every process saves into a temporary folder, which is renamed when all are done.
+
+    Args:
+        accelerator: its models and optimizers are saved by `save_state`.
+        directory: folder that holds the checkpoints.
+        step: updates made.
+        samples_seen: samples consumed by all processes: the position in the data.
+        model: the prepared model, whose parameter shapes the manifest records.
+        state: tensors and plain types to keep beside it.
+        config: the run's arguments, for the record.
+        total_limit: older checkpoints than the newest so many are deleted afterwards.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: a process could not write (a full disk, say); the temporary folder is removed.
+    """
+    directory = Path(directory)
+    final = directory / f"checkpoint-{step}"
+    partial = directory / f"checkpoint-{step}.tmp"
+    failure: BaseException | None = None
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        if accelerator.is_main_process:
+            torch.save(state, partial / STATE)
+            manifest = {
+                "step": step,
+                "samples_seen": samples_seen,
+                "world": accelerator.num_processes,
+                "parameters": _signature(model),
+                "config": config,
+                "versions": versions(),
+            }
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    except Exception as error:  # whatever the writing library raises, all processes must hear of it
+        failure = error
+    failed = torch.tensor([float(failure is not None)], device=accelerator.device)
+    if float(accelerator.reduce(failed, "sum").item()):  # type: ignore[union-attr]
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        kept = _checkpoints(directory)
+        raise CheckpointError(
+            f"could not write {final}: {failure or 'another process failed'}. "
+            + (f"The newest whole checkpoint is {kept[-1]}." if kept else "There is no earlier checkpoint.")
+        ) from failure
+    if accelerator.is_main_process:
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in _checkpoints(directory)[:-total_limit] if total_limit else []:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def find_checkpoint(directory: str | os.PathLike, resume_from: str) -> Path | None:
+    """Resolves `--resume_from_checkpoint`.
+
+    Args:
+        directory: the run's folder.
+        resume_from: `"latest"` or a path.
+
+    Returns:
+        The folder; `None` for `"latest"` where there is none yet, so that one command both starts and resumes.
+
+    Raises:
+        ValueError: the path is no whole checkpoint.
+    """
+    if resume_from == "latest":
+        found = _checkpoints(Path(directory))
+        return found[-1] if found else None
+    path = Path(resume_from)
+    if not (path / MANIFEST).is_file():
+        available = [str(p) for p in _checkpoints(Path(directory))]
+        raise ValueError(
+            f"`resume_from_checkpoint` must be 'latest' or a folder with a {MANIFEST}, got {resume_from!r}; "
+            f"whole checkpoints here: {available}."
+        )
+    return path
+
+
+def load_checkpoint(
+    accelerator: Accelerator, path: Path, *, model: nn.Module, config: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Loads model and optimizer in place.
+
+    Args:
+        accelerator: as it was prepared before `save_checkpoint`.
+        path: the checkpoint's folder.
+        model: the prepared model, to be compared with the manifest.
+        config: the run's arguments, to be compared with those of the checkpoint.
+
+    Returns:
+        The manifest and the saved `state`.
+
+    Raises:
+        ValueError: the checkpoint belongs to another model.
+    """
+    manifest = json.loads((path / MANIFEST).read_text())
+    expected, found = _signature(model), manifest["parameters"]
+    if expected != found:
+        differing = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+        raise ValueError(
+            f"`resume_from_checkpoint` must be a checkpoint of this model, got {str(path)!r}: {len(differing)} "
+            f"parameters differ, first {differing[0]!r} with shape {found.get(differing[0])} in the checkpoint and "
+            f"{expected.get(differing[0])} here."
+        )
+    changed = [
+        f"{name} ({manifest['config'][name]!r} -> {config[name]!r})"
+        for name in ("seed", "rng_scope", "train_batch_size", "gradient_accumulation_steps", "learning_rate")
+        if name in manifest["config"] and manifest["config"][name] != config[name]
+    ]
+    if manifest["world"] != accelerator.num_processes:
+        changed.append(f"number of processes ({manifest['world']} -> {accelerator.num_processes})")
+    if changed and accelerator.is_main_process:
+        warnings.warn(
+            f"resuming {path} with other settings, so the run goes on but not to identical numbers: "
+            + ", ".join(changed),
+            stacklevel=2,
+        )
+    accelerator.load_state(str(path))
+    return manifest, torch.load(path / STATE, map_location="cpu", weights_only=True)

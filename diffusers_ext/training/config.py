@@ -1,0 +1,135 @@
+"""Arguments that every training script takes, checked before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+__all__ = ["TrainConfig", "described", "require"]
+
+LRSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+
+
+def require(condition: bool, name: str, value: Any, accepted: str) -> None:
+    """Raises a `ValueError` that names the argument, its value and what is accepted, unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"`{name}` must be {accepted}, got {value!r}.")
+
+
+def described(text: str, default: Any = None) -> Any:
+    """Makes a dataclass field whose help text argparse shows."""
+    return field(default=default, metadata={"help": text})
+
+
+def check_literals(config: Any) -> None:
+    """Checks every `Literal` field of a dataclass instance against its choices."""
+    for name, hint in get_type_hints(type(config)).items():
+        kinds = [hint, *get_args(hint)]
+        choices = [c for kind in kinds if get_origin(kind) is Literal for c in get_args(kind)]
+        optional = type(None) in get_args(hint)
+        value = getattr(config, name)
+        if choices and not (optional and value is None):
+            require(value in choices, name, value, f"one of {choices}")
+
+
+@dataclass
+class TrainConfig:
+    """Arguments of the engine, named as in Diffusers' training scripts.
+
+    Recipes add their own by inheritance. Exactly one of `max_train_steps` and `num_train_epochs` is given; a step
+    is an update of the weights, whatever the accumulation and the number of processes.
+
+    Raises:
+        ValueError: an argument is outside its range, or two contradict each other.
+    """
+
+    output_dir: str = described("Folder for checkpoints, samples, logs and the finished pipeline.", "runs/model")
+    seed: int = described("Seed of every random number of the run.", 0)
+    rng_scope: Literal["step", "sample"] = described(
+        "'sample' ties noise and timestep to the sample's global index, so that processes x batch x accumulation may "
+        "be traded against each other; 'step' is faster.",
+        "step",
+    )
+    train_batch_size: int = described("Samples per process and micro-step.", 16)
+    gradient_accumulation_steps: int = described("Micro-steps per update.", 1)
+    max_train_steps: int | None = described("Updates to make; or give --num_train_epochs.")
+    num_train_epochs: int | None = described("Passes over the data; or give --max_train_steps.")
+    learning_rate: float = described("Peak learning rate of AdamW.", 1e-4)
+    lr_scheduler: LRSchedule = described("Course of the learning rate over the updates.", "constant")
+    lr_warmup_steps: int = described("Updates of linear warm-up; 'constant' has none.", 500)
+    adam_beta1: float = described("AdamW's beta1.", 0.9)
+    adam_beta2: float = described("AdamW's beta2.", 0.999)
+    adam_weight_decay: float = described("AdamW's weight decay.", 1e-2)
+    adam_epsilon: float = described("AdamW's epsilon.", 1e-8)
+    max_grad_norm: float = described("Gradients are clipped to this norm.", 1.0)
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = described("Default: what `accelerate launch` was told.")
+    gradient_checkpointing: bool = described("Recompute activations in the backward pass to save memory.", False)
+    allow_tf32: bool = described("Allow TF32 matrix products on Ampere and newer GPUs.", False)
+    use_ema: bool = described("Keep an exponential moving average of the weights, and save that.", True)
+    ema_decay: float = described("Largest decay of the average.", 0.9999)
+    use_ema_warmup: bool = described("Warm the decay up as 1 - (1 + update / inv_gamma) ** -power.", False)
+    ema_inv_gamma: float = described("inv_gamma of the warm-up.", 1.0)
+    ema_power: float = described("power of the warm-up.", 0.75)
+    dataloader_num_workers: int = described("Worker processes that read data; results do not depend on it.", 0)
+    checkpointing_steps: int = described("Save the training state every so many updates.", 500)
+    checkpoints_total_limit: int | None = described("Keep only the newest so many checkpoints.")
+    resume_from_checkpoint: str | None = described("'latest' or the path of a checkpoint folder.")
+    validation_steps: int | None = described("Draw sample images every so many updates.")
+    num_validation_images: int = described("How many sample images to draw.", 16)
+    logging_steps: int = described("Log loss and speed every so many updates.", 10)
+    report_to: str = described("'none', or trackers separated by commas: tensorboard, wandb, trackio.", "none")
+    tracker_project_name: str = described("Project name for the trackers.", "diffusers-ext")
+    push_to_hub: bool = described("Push the finished folder to the Hub.", False)
+    hub_model_id: str | None = described("Repo to push to, 'organisation/name'.")
+    hub_private_repo: bool = described("Make that repo private when it is created.", False)
+
+    def __post_init__(self) -> None:
+        check_literals(self)
+        for name in ("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "logging_steps"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
+        for name in ("seed", "lr_warmup_steps", "dataloader_num_workers", "num_validation_images"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "an integer >= 0")
+        for name in ("max_train_steps", "num_train_epochs", "checkpoints_total_limit", "validation_steps"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "an integer >= 1 or left out")
+        for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "ema_inv_gamma", "ema_power"):
+            value = getattr(self, name)
+            require(math.isfinite(value) and value > 0, name, value, "a finite number > 0")
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number in [0, 1)")
+        require(self.adam_weight_decay >= 0, "adam_weight_decay", self.adam_weight_decay, "a number >= 0")
+        if (self.max_train_steps is None) == (self.num_train_epochs is None):
+            raise ValueError(
+                "exactly one of `max_train_steps` and `num_train_epochs` must be given, got "
+                f"{self.max_train_steps!r} and {self.num_train_epochs!r}."
+            )
+        trackers = ("tensorboard", "wandb", "trackio")
+        for name in self.trackers:
+            require(name in trackers, "report_to", self.report_to, f"'none' or a list from {list(trackers)}")
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("`hub_model_id` must be given with `push_to_hub`, as 'organisation/name'.")
+
+    @property
+    def trackers(self) -> list[str]:
+        """Names in `report_to`."""
+        return [] if self.report_to == "none" else [name.strip() for name in self.report_to.split(",")]
+
+    def check_warmup(self, total_steps: int) -> None:
+        """Checks the warm-up against the number of updates, which epochs fix only once the data is known.
+
+        Raises:
+            ValueError: the warm-up is longer than the run.
+        """
+        if self.lr_scheduler != "constant":
+            require(
+                self.lr_warmup_steps <= total_steps,
+                "lr_warmup_steps",
+                self.lr_warmup_steps,
+                f"at most the number of updates of the run, {total_steps}",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the arguments as plain types."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,328 @@
+"""The recipe of image denoisers: pixel or latent space, with or without classes, any prediction type.
+
+Methods that change one part of this inherit it and override that part.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
+from PIL import Image
+
+from diffusers_ext.data.sources import load_images
+from diffusers_ext.generation.pipeline import ImageGenerationPipeline
+from diffusers_ext.hub.card import RepoCard
+
+from .config import TrainConfig, described, require
+from .noise import NOISE_STRATEGIES, NoiseStrategy, make_noise, offset_noise
+from .objectives import EpsX0V, FlowMatching, Objective
+from .recipe import Context, Modules, Recipe, Sample, StepOutput
+from .timesteps import LogitNormalTimesteps, Timesteps, UniformTimesteps
+
+__all__ = ["DenoisingConfig", "DenoisingRecipe"]
+
+
+@dataclass
+class DenoisingConfig(TrainConfig):
+    """Arguments of image denoisers beside the engine's.
+
+    Raises:
+        ValueError: an argument is outside its range, or two contradict each other.
+    """
+
+    dataset_name: str | None = described("Data set on the Hub; or give --train_data_dir.")
+    dataset_config_name: str | None = described("Its configuration.")
+    train_data_dir: str | None = described("Folder of images, saved data set, parquet or .npz file.")
+    image_column: str = described("Column of images.", "image")
+    label_column: str | None = described("Column of class labels; by default the data set's own, if it declares one.")
+    resolution: int = described("Images are resized and cropped to this many pixels a side.", 64)
+    center_crop: bool = described("Crop the centre instead of a random place.", False)
+    random_flip: bool = described("Mirror half of the images.", False)
+    channels: Literal[1, 3] = described("1 trains on grey images, 3 on colour.", 3)
+    streaming: bool = described("Read the data set as a stream; a resume then replays it up to its position.", False)
+    max_train_samples: int | None = described("Use only the first so many images.")
+    pretrained_model_name_or_path: str | None = described("Pipeline to fine-tune, a Hub repo or a folder.")
+    unet_config: str | None = described("JSON file of `UNet2DModel` arguments for training from scratch.")
+    vae: str | None = described("`AutoencoderKL` repo or folder: train in its latent space.")
+    class_conditional: bool = described("Train on class labels.", False)
+    label_dropout: float = described("Probability of training a sample without its label, for guidance.", 0.1)
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"] | None = described(
+        "What the network predicts; by default epsilon, or what the pretrained model predicts."
+    )
+    num_train_timesteps: int = described("Length of the noise schedule.", 1000)
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = described("Noise schedule.", "linear")
+    timestep_sampling: Literal["uniform", "logit_normal"] = described("Noise levels of flow matching.", "uniform")
+    snr_gamma: float | None = described("Min-SNR weighting with this bound (5 is usual); by default none.")
+    noise: str = described(f"Noise strategy: {', '.join(NOISE_STRATEGIES)}.", "gaussian")
+    noise_options: str | None = described("Arguments of the noise strategy as a JSON object, such as '{\"k\": 8}'.")
+    noise_offset: float = described("Standard deviation of noise that all pixels of a channel share.", 0.0)
+    validation_inference_steps: int = described("Sampling steps of validation pictures.", 50)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.dataset_name is None) == (self.train_data_dir is None):
+            raise ValueError(
+                "exactly one of `dataset_name` and `train_data_dir` must be given, got "
+                f"{self.dataset_name!r} and {self.train_data_dir!r}."
+            )
+        if self.pretrained_model_name_or_path is not None and self.unet_config is not None:
+            raise ValueError("`unet_config` must be left out with `pretrained_model_name_or_path`: it brings its own.")
+        for name in ("resolution", "num_train_timesteps", "validation_inference_steps"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
+        require(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "a number in [0, 1)")
+        require(self.noise_offset >= 0, "noise_offset", self.noise_offset, "a number >= 0")
+        require(self.snr_gamma is None or self.snr_gamma > 0, "snr_gamma", self.snr_gamma, "a number > 0")
+        require(self.noise in NOISE_STRATEGIES, "noise", self.noise, f"one of {sorted(NOISE_STRATEGIES)}")
+        if self.prediction_type == "flow" and self.snr_gamma is not None:
+            raise ValueError("`snr_gamma` must be left out with `prediction_type='flow'`: it has no such weighting.")
+        if self.timestep_sampling != "uniform" and self.prediction_type not in ("flow", None):
+            raise ValueError(
+                "`timestep_sampling` must be 'uniform' unless `prediction_type` is 'flow', got "
+                f"{self.timestep_sampling!r} and {self.prediction_type!r}."
+            )
+        self.make_noise()
+
+    def make_noise(self) -> NoiseStrategy:
+        """Makes the noise strategy that the arguments describe.
+
+        Raises:
+            ValueError: an option is unknown to the strategy or outside its range.
+        """
+        try:
+            options = json.loads(self.noise_options or "{}")
+            require(isinstance(options, dict), "noise_options", self.noise_options, "a JSON object")
+            return make_noise(self.noise, **options)
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(
+                f"`noise_options` must be a JSON object of arguments of {NOISE_STRATEGIES[self.noise]}, got "
+                f"{self.noise_options!r}: {error}."
+            ) from error
+
+
+ConfigT = TypeVar("ConfigT", bound=DenoisingConfig)
+
+
+class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
+    """Trains a `UNet2DModel` from scratch, or the UNet of a Diffusers pipeline, and saves `ImageGenerationPipeline`.
+
+    Attributes:
+        noise: the noise strategy.
+        timesteps: how timesteps are drawn.
+        objective: inputs, targets and loss.
+        image_scale: what images (or latents) are multiplied by before they are diffused.
+    """
+
+    Config = DenoisingConfig
+    image_scale: float = 1.0
+    noise: NoiseStrategy
+    timesteps: Timesteps
+    objective: Objective
+
+    def dataset(self, ctx: Context[ConfigT]) -> Any:
+        """Loads the images; see `load_images`."""
+        config = self.config
+        self.data = data = load_images(
+            config.dataset_name,
+            train_data_dir=config.train_data_dir,
+            dataset_config_name=config.dataset_config_name,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            resolution=config.resolution,
+            center_crop=config.center_crop,
+            random_flip=config.random_flip,
+            channels=config.channels,
+            streaming=config.streaming,
+            max_train_samples=config.max_train_samples,
+        )
+        if config.class_conditional and not data.num_classes:
+            raise ValueError(
+                f"`label_column` must name a column of class labels for `class_conditional`, got "
+                f"{config.label_column!r}; the data has {data.column_names}."
+            )
+        if not config.streaming and ctx.accelerator.is_main_process:
+            data.verify()
+        return data
+
+    # -- modules ---------------------------------------------------------------------------------------------------
+
+    def setup(self, ctx: Context[ConfigT]) -> Modules:
+        """Makes the modules from scratch or takes them from the pretrained pipeline."""
+        config = self.config
+        if config.pretrained_model_name_or_path is not None:
+            unet, scheduler, vae = self._pretrained(config.pretrained_model_name_or_path)
+        else:
+            vae = AutoencoderKL.from_pretrained(config.vae, use_safetensors=True) if config.vae else None
+            unet, scheduler = self._new_unet(vae), self._new_scheduler(pixels=vae is None)
+        self._check_size(unet, vae)
+        self.noise = config.make_noise()
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            self.objective = FlowMatching(scheduler.config.num_train_timesteps)
+            logit_normal = config.timestep_sampling == "logit_normal"
+            self.timesteps = LogitNormalTimesteps() if logit_normal else UniformTimesteps(None)
+        else:
+            weighting = "none" if config.snr_gamma is None else "min_snr"
+            self.objective = EpsX0V(scheduler, weighting, config.snr_gamma or 5.0)
+            self.timesteps = UniformTimesteps(scheduler.config.num_train_timesteps)
+        return Modules(unet, scheduler, {} if vae is None else {"vae": vae})
+
+    def _pretrained(self, name: str) -> tuple[Any, Any, Any]:
+        pipeline = DiffusionPipeline.from_pretrained(name, use_safetensors=True)
+        unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
+        if not isinstance(unet, UNet2DModel):
+            raise ValueError(
+                f"`pretrained_model_name_or_path` must be a pipeline with a `UNet2DModel`, got {name!r} with "
+                f"{type(unet).__name__}."
+            )
+        flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        found = "flow" if flow else scheduler.config.prediction_type
+        asked = self.config.prediction_type
+        require(asked in (None, found), "prediction_type", asked, f"{found!r}, as {name!r} was trained, or left out")
+        scale = getattr(pipeline.config, "image_scale", 1.0)
+        require(self.image_scale in (1.0, scale), "image_scale", self.image_scale, f"{scale}, as {name!r} was trained")
+        self.image_scale = scale
+        self.null_class_label = getattr(pipeline.config, "null_class_label", None)
+        if bool(unet.config.num_class_embeds) != self.config.class_conditional:
+            raise ValueError(
+                f"`class_conditional` must be {bool(unet.config.num_class_embeds)} as in {name!r}, got "
+                f"{self.config.class_conditional}."
+            )
+        if not flow and not isinstance(scheduler, DDIMScheduler):
+            scheduler = DDIMScheduler.from_config(scheduler.config)
+        return unet, scheduler, getattr(pipeline, "vae", None)
+
+    def _new_unet(self, vae: AutoencoderKL | None) -> UNet2DModel:
+        config = self.config
+        arguments: dict[str, Any] = {}
+        if config.unet_config is not None:
+            path = Path(config.unet_config)
+            require(path.is_file(), "unet_config", config.unet_config, "an existing JSON file")
+            arguments = {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("_")}
+        channels, size = config.channels, config.resolution
+        if vae is not None:
+            channels, size = vae.config.latent_channels, size // 2 ** (len(vae.config.block_out_channels) - 1)
+        arguments |= {"in_channels": channels, "out_channels": channels, "sample_size": size}
+        self.null_class_label = self.data.num_classes if config.class_conditional else None
+        if self.null_class_label is not None:
+            arguments["num_class_embeds"] = self.null_class_label + 1
+        try:
+            return UNet2DModel(**arguments)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`unet_config` must describe a `UNet2DModel`, got {config.unet_config!r}: {error}"
+            ) from error
+
+    def _new_scheduler(self, pixels: bool) -> Any:
+        config = self.config
+        if config.prediction_type == "flow":
+            return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps)
+        return DDIMScheduler(
+            num_train_timesteps=config.num_train_timesteps,
+            beta_schedule=config.beta_schedule,
+            prediction_type=config.prediction_type or "epsilon",
+            clip_sample=pixels,
+            clip_sample_range=self.image_scale,
+            # Other spacings start sampling below the noise level that the first latents have.
+            timestep_spacing="trailing",
+        )
+
+    def _check_size(self, unet: UNet2DModel, vae: AutoencoderKL | None) -> None:
+        factor = 2 ** (len(unet.config.block_out_channels) - 1)
+        if vae is not None:
+            factor *= 2 ** (len(vae.config.block_out_channels) - 1)
+        resolution = self.config.resolution
+        require(
+            resolution % factor == 0,
+            "resolution",
+            resolution,
+            f"a multiple of {factor}: the networks halve it that often",
+        )
+        channels = vae.config.in_channels if vae is not None else unet.config.in_channels
+        require(self.config.channels == channels, "channels", self.config.channels, f"{channels}, as the model takes")
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def encode(self, batch: dict[str, Any], ctx: Context[ConfigT]) -> Sample:
+        """Brings a batch into the space that is diffused.
+
+        Args:
+            batch: `pixel_values` `(batch, channels, height, width)` in `[-1, 1]`, and `label` `(batch,)`.
+            ctx: the run.
+
+        Returns:
+            Scaled pixels or latents, and the labels, some dropped, as the network's argument.
+        """
+        x0 = batch["pixel_values"]
+        vae = ctx.modules.frozen.get("vae")
+        if vae is not None:
+            posterior = vae.encode(x0.to(ctx.weight_dtype)).latent_dist
+            latents = posterior.mean + posterior.std * ctx.rng.randn_like(posterior.mean, ctx.ids, stream="latents")
+            x0 = (latents.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        x0 = x0 * self.image_scale if self.image_scale != 1.0 else x0
+        if not self.config.class_conditional:
+            return Sample(x0, labels=batch.get("label"))
+        labels = batch["label"]
+        given = labels
+        if self.null_class_label is not None and self.config.label_dropout:
+            drop = ctx.rng.rand(len(labels), ctx.ids, stream="labels", device=labels.device)
+            given = torch.where(drop < self.config.label_dropout, self.null_class_label, labels)
+        return Sample(x0, {"class_labels": given}, labels)
+
+    def draw_noise(self, sample: Sample, ctx: Context[ConfigT]) -> torch.Tensor:
+        """Draws the noise of a batch: the strategy's, then the offset on top."""
+        noise = self.noise(sample.x0, rng=ctx.rng, ids=ctx.ids, labels=sample.labels, accelerator=ctx.accelerator)
+        return offset_noise(noise, self.config.noise_offset, ctx.rng, ctx.ids) if self.config.noise_offset else noise
+
+    def training_step(self, batch: dict[str, Any], ctx: Context[ConfigT]) -> StepOutput:
+        """Noises, predicts and compares."""
+        with torch.no_grad():
+            sample = self.encode(batch, ctx)
+            noise = self.draw_noise(sample, ctx)
+            t = self.timesteps(len(noise), ctx.rng, ctx.ids, noise.device)
+            noisy, target = self.objective.make(sample.x0, noise, t)
+        prediction = ctx.model(noisy, self.objective.model_timesteps(t), **sample.cond, return_dict=False)[0]
+        return StepOutput(self.objective.loss(prediction, target, t))
+
+    # -- results ---------------------------------------------------------------------------------------------------
+
+    def pipeline(self, modules: Modules) -> ImageGenerationPipeline:
+        """Returns an `ImageGenerationPipeline` of the modules."""
+        return ImageGenerationPipeline(
+            modules.trainable,
+            modules.scheduler,
+            modules.frozen.get("vae"),
+            image_scale=self.image_scale,
+            null_class_label=self.null_class_label,
+        )
+
+    def validate(self, pipeline: DiffusionPipeline, generator: torch.Generator) -> list[Image.Image]:
+        """Draws pictures; of a class-conditional model, the classes in turn."""
+        n = self.config.num_validation_images
+        what: dict[str, Any] = {"batch_size": n}
+        if self.config.class_conditional:
+            what = {"class_labels": [i % self.data.num_classes for i in range(n)]}
+        steps = self.config.validation_inference_steps
+        return pipeline(**what, num_inference_steps=steps, generator=generator).images  # type: ignore[operator]
+
+    def card(self) -> RepoCard:
+        """Returns the card of a denoiser."""
+        config = self.config
+        predicts = config.prediction_type or "epsilon"
+        return RepoCard(
+            method="Image diffusion" if predicts != "flow" else "Image flow matching",
+            description=f"A {config.resolution}x{config.resolution} image model predicting {predicts}, trained with "
+            f"{config.noise} noise.",
+            data=self.data.description,
+            tags=["diffusers-ext", "unconditional-image-generation"],
+            base_model=config.pretrained_model_name_or_path,
+        )

@@ -1,0 +1,402 @@
+"""The training loop that every method shares.
+
+A run is a function of its arguments: every random number follows from the seed and the position
+(`diffusers_ext.training.rng`), and the position is one integer. A checkpoint therefore holds weights, optimizer,
+learning-rate schedule, average and that integer, and a resumed run equals an uninterrupted one bit for bit on the
+same number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, send_to_device
+from diffusers import DiffusionPipeline
+from diffusers.optimization import get_scheduler
+from torch.utils.data import DataLoader
+
+from diffusers_ext.data.sampler import PositionalBatchSampler, SeededDataset, StreamingBatches
+from diffusers_ext.hub.repo import push_repo, save_repo
+
+from .callbacks import Callback, default_callbacks, image_grid
+from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from .config import TrainConfig
+from .recipe import Context, Modules, Recipe
+from .rng import StepRNG, mix
+from .signals import StopSignals
+from .weights import Ema, copy_full_, full_tensor
+
+__all__ = ["TrainResult", "Trainer"]
+
+INITIALISATION, SAMPLE_PICTURE = 4, 6
+
+
+@dataclass
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        steps: updates made, those before a resume included.
+        loss: mean loss since the last log, or the last logged one.
+        stopped_by: name of the signal that stopped it, or `None` when it is complete.
+    """
+
+    steps: int
+    loss: float
+    stopped_by: str | None = None
+
+
+class Trainer:
+    """Trains a recipe's module and leaves a complete Hub repo in `config.output_dir`.
+
+    Args:
+        config: the arguments, an instance of the recipe's `Config`.
+        recipe: the method.
+        callbacks: further callbacks, called after the built-in ones.
+
+    Attributes:
+        step: updates made so far.
+        total_steps: updates of the whole run.
+
+    Raises:
+        ValueError: arguments that contradict each other or the data.
+
+    Example:
+        >>> from diffusers_ext import ImmiscibleConfig, ImmiscibleRecipe, Trainer
+        >>> config = ImmiscibleConfig(train_data_dir="photos", max_train_steps=1000)  # doctest: +SKIP
+        >>> Trainer(config, ImmiscibleRecipe(config)).train()  # doctest: +SKIP
+    """
+
+    def __init__(self, config: TrainConfig, recipe: Recipe[Any], callbacks: Sequence[Callback] = ()) -> None:
+        self.config, self.recipe = config, recipe
+        self.callbacks: list[Callback] = [*default_callbacks(config), *callbacks]
+        self.step = 0
+        self.total_steps = 0
+        self._micro_step = 0
+        self._paused = 0.0
+
+    def train(self) -> TrainResult:
+        """Runs to the end, or to a signal, and saves.
+
+        Returns:
+            Steps, loss and what stopped it. After a signal there is a checkpoint but no finished pipeline.
+
+        Raises:
+            CheckpointError: a checkpoint could not be written; the previous one is whole.
+            FloatingPointError: the loss is not finite.
+            RuntimeError: the upload failed; the local folder is whole.
+        """
+        config = self.config
+        self._start()
+        with StopSignals() as signals:
+            self._load()
+            for callback in self.callbacks:
+                callback.on_start(self)
+            try:
+                self._loop(signals)
+            finally:
+                for callback in self.callbacks:
+                    callback.on_end(self)
+        if signals.received is None and not self._stopped:
+            self._finish()
+            if config.push_to_hub and self.accelerator.is_main_process:
+                assert config.hub_model_id is not None
+                push_repo(config.output_dir, config.hub_model_id, private=config.hub_private_repo or None)
+            self.accelerator.wait_for_everyone()
+        stopped_by = (signals.received or "another process's signal") if self._stopped else None
+        return TrainResult(self.step, self._last_loss, stopped_by)
+
+    def pause(self, seconds: float) -> None:
+        """Takes time that was not spent on training out of the speed shown."""
+        self._paused += seconds
+
+    @contextlib.contextmanager
+    def exported_pipeline(self) -> Iterator[DiffusionPipeline | None]:
+        """Gives the pipeline with the weights that would be saved now: the average where there is one.
+
+        Every process must enter it; on all but the main process the pipeline is `None`.
+        """
+        with self._exported_weights() as trainable:
+            if self.accelerator.is_main_process:
+                modules = self.ctx.modules
+                was_training = trainable.training
+                trainable.eval()
+                yield self.recipe.pipeline(Modules(trainable, modules.scheduler, modules.frozen))
+                trainable.train(was_training)
+            else:
+                yield None
+        self.accelerator.wait_for_everyone()
+
+    # -- set-up ----------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        config = self.config
+        accumulation = GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False, sync_each_batch=False
+        )
+        self.accelerator = accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_plugin=accumulation,
+            log_with=config.trackers or None,
+            project_config=ProjectConfiguration(
+                project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"
+            ),
+        )
+        if config.allow_tf32 and torch.cuda.is_available():
+            torch.backends.cuda.matmul.allow_tf32 = True
+        if accelerator.is_main_process:
+            Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        self.rng = StepRNG(config.seed, accelerator.process_index, accelerator.num_processes, config.rng_scope)
+        weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+        self.ctx = ctx = Context(config, accelerator, self.rng, weight_dtype)
+
+        torch.manual_seed(mix(config.seed, INITIALISATION))
+        self.dataset = self.recipe.dataset(ctx)
+        self._plan()
+        ctx.modules = modules = self.recipe.setup(ctx)
+        for module in modules.frozen.values():
+            module.requires_grad_(False).eval().to(accelerator.device, weight_dtype)
+        modules.trainable.float().train()
+        if config.gradient_checkpointing:
+            modules.trainable.enable_gradient_checkpointing()
+        sharding = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        # A sharded module cannot be saved as it stands: an unsharded twin takes the gathered weights.
+        self._twin = copy.deepcopy(modules.trainable) if accelerator.distributed_type in sharding else None
+        self._prepare()
+
+    def _plan(self) -> None:
+        """Fixes the number of updates and checks the arguments against the data."""
+        config, world = self.config, self.accelerator.num_processes
+        self._micro_batch = config.train_batch_size * world
+        self._streaming = getattr(self.dataset, "streaming", False)
+        if not self._streaming:
+            # Raises if one update needs more samples than there are.
+            sampler = PositionalBatchSampler(
+                len(self.dataset),
+                config.train_batch_size,
+                world=world,
+                accumulation=config.gradient_accumulation_steps,
+            )
+        if config.max_train_steps is not None:
+            self.total_steps = config.max_train_steps
+        elif self._streaming:
+            raise ValueError("`max_train_steps` must be given with `streaming`: the length of an epoch is not known.")
+        else:
+            assert config.num_train_epochs is not None
+            epoch = sampler.micro_steps_per_epoch // config.gradient_accumulation_steps
+            self.total_steps = config.num_train_epochs * epoch
+        config.check_warmup(self.total_steps)
+
+    def _prepare(self) -> None:
+        config, accelerator = self.config, self.accelerator
+        trainable = self.ctx.modules.trainable
+        optimizer = torch.optim.AdamW(
+            [p for p in trainable.parameters() if p.requires_grad],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+        )
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # DeepSpeed reads the batch size off a prepared loader; ours is positional and not prepared.
+            deepspeed = accelerator.state.deepspeed_plugin.deepspeed_config
+            deepspeed["train_micro_batch_size_per_gpu"] = config.train_batch_size
+        self.model, self.optimizer = accelerator.prepare(trainable, optimizer)
+        self.ctx.model = self.model
+        # Not prepared: accelerate would step it once per process.
+        self.lr_scheduler = get_scheduler(
+            config.lr_scheduler, self.optimizer, config.lr_warmup_steps, num_training_steps=self.total_steps
+        )
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.ema = (
+            Ema(
+                self.parameters,
+                decay=config.ema_decay,
+                use_ema_warmup=config.use_ema_warmup,
+                inv_gamma=config.ema_inv_gamma,
+                power=config.ema_power,
+            )
+            if config.use_ema
+            else None
+        )
+
+    def _load(self) -> None:
+        config = self.config
+        self._stopped = False
+        self._last_loss = math.nan
+        if config.resume_from_checkpoint is None:
+            return
+        path = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
+        if path is None:
+            return
+        manifest, state = load_checkpoint(self.accelerator, path, model=self.model, config=config.to_dict())
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.recipe.load_state_dict(state["recipe"])
+        self._last_loss = state["loss"]
+        self.step = manifest["step"]
+        # With other batch sizes the nearest earlier update of the new size is where the data goes on.
+        effective = self._micro_batch * config.gradient_accumulation_steps
+        self._micro_step = manifest["samples_seen"] // effective * config.gradient_accumulation_steps
+
+    def _loader(self) -> DataLoader:
+        config = self.config
+        # Counted from the position, not from the step: a resume with another batch size keeps the number of updates.
+        total = self._micro_step + (self.total_steps - self.step) * config.gradient_accumulation_steps
+        position = {
+            "rank": self.rng.rank,
+            "world": self.rng.world,
+            "seed": config.seed,
+            "start": self._micro_step,
+            "total": total,
+            "accumulation": config.gradient_accumulation_steps,
+        }
+        common = {
+            "num_workers": config.dataloader_num_workers,
+            "pin_memory": self.accelerator.device.type == "cuda",
+            # The loader draws its workers' base seed from here instead of from the global generator.
+            "generator": torch.Generator().manual_seed(config.seed),
+        }
+        if self._streaming:
+            batches = StreamingBatches(self.dataset, config.train_batch_size, **position)
+            return DataLoader(batches, batch_size=None, **common)
+        sampler = PositionalBatchSampler(len(self.dataset), config.train_batch_size, **position)
+        return DataLoader(SeededDataset(self.dataset, config.seed), batch_sampler=sampler, **common)
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+
+    def _loop(self, signals: StopSignals) -> None:
+        config, accelerator, ctx = self.config, self.accelerator, self.ctx
+        sums: dict[str, torch.Tensor] = {}
+        micro_steps, since = 0, time.perf_counter()
+        for batch in self._loader() if self.step < self.total_steps else ():
+            first = self._micro_step * self._micro_batch + self.rng.rank * config.train_batch_size
+            ctx.ids = range(first, first + config.train_batch_size)
+            ctx.step = self.step
+            self.rng.begin(self._micro_step)
+            batch = send_to_device(batch, accelerator.device, non_blocking=True)
+            with accelerator.accumulate(self.model):
+                output = self.recipe.training_step(batch, ctx)
+                accelerator.backward(output.loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            for name, value in {"loss": output.loss, **output.logs}.items():
+                value = value.detach()
+                sums[name] = sums[name] + value if name in sums else value
+            micro_steps += 1
+            self._micro_step += 1
+            if not accelerator.sync_gradients:
+                continue
+
+            if not accelerator.optimizer_step_was_skipped:
+                self.lr_scheduler.step()
+                if self.ema is not None:
+                    self.ema.step(self.parameters)
+            self.step += 1
+            if self.step % config.logging_steps == 0 or self.step == self.total_steps:
+                self._log(sums, micro_steps, time.perf_counter() - since - self._paused)
+                sums, micro_steps, since, self._paused = {}, 0, time.perf_counter(), 0.0
+            for callback in self.callbacks:
+                callback.on_step_end(self)
+            self._stopped = self._stop_requested(signals)
+            if self.step % config.checkpointing_steps == 0 or self.step == self.total_steps or self._stopped:
+                start = time.perf_counter()
+                self._save()
+                self.pause(time.perf_counter() - start)
+            if self._stopped:
+                break
+
+    def _stop_requested(self, signals: StopSignals) -> bool:
+        """Whether any process received a signal; all of them get the same answer."""
+        if self.accelerator.num_processes == 1:
+            return signals.received is not None
+        if signals.received is not None:
+            self.accelerator.set_trigger()
+        return bool(self.accelerator.check_trigger())
+
+    def _log(self, sums: dict[str, torch.Tensor], micro_steps: int, seconds: float) -> None:
+        means = self.accelerator.reduce(torch.stack([v.float() for v in sums.values()]) / micro_steps, "mean")
+        logs = dict(zip(sums, means.tolist(), strict=True))  # type: ignore[union-attr]
+        self._last_loss = logs["loss"]
+        if not math.isfinite(self._last_loss):
+            raise FloatingPointError(
+                f"the loss is {self._last_loss} at step {self.step}; checkpoints up to here are in "
+                f"{self.config.output_dir}. A lower `learning_rate` or `mixed_precision='bf16'` may help."
+            )
+        logs["lr"] = self.lr_scheduler.get_last_lr()[0]
+        logs["images_per_second"] = micro_steps * self._micro_batch / max(seconds, 1e-9)
+        for callback in self.callbacks:
+            callback.on_log(self, logs)
+
+    # -- saving ----------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        state = {
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "recipe": self.recipe.state_dict(),
+            "loss": self._last_loss,
+        }
+        path = save_checkpoint(
+            self.accelerator,
+            self.config.output_dir,
+            step=self.step,
+            samples_seen=self._micro_step * self._micro_batch,
+            model=self.model,
+            state=state,
+            config=self.config.to_dict(),
+            total_limit=self.config.checkpoints_total_limit,
+        )
+        for callback in self.callbacks:
+            callback.on_save(self, path)
+
+    @contextlib.contextmanager
+    def _exported_weights(self) -> Iterator[Any]:
+        model = self.accelerator.unwrap_model(self.model)
+        if self._twin is not None:
+            weights = self.accelerator.get_state_dict(self.model)
+            shadow = [full_tensor(p) for p in self.ema.shadow_params] if self.ema is not None else None
+            if self.accelerator.is_main_process:
+                self._twin.load_state_dict(weights)
+                if shadow is not None:
+                    trained = [p for p in self._twin.parameters() if p.requires_grad]
+                    for parameter, value in zip(trained, shadow, strict=True):
+                        copy_full_(parameter.data, value)
+                self._twin.to(self.accelerator.device)
+            yield self._twin
+        elif self.ema is not None:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+            try:
+                yield model
+            finally:
+                self.ema.restore(self.parameters)
+        else:
+            yield model
+
+    def _finish(self) -> None:
+        """Writes the finished pipeline, its card and its sample picture into the run's folder."""
+        config = self.config
+        with self.exported_pipeline() as pipeline:
+            if pipeline is None:
+                return
+            sample = None
+            if config.num_validation_images:
+                generator = torch.Generator().manual_seed(mix(config.seed, SAMPLE_PICTURE))
+                sample = image_grid(self.recipe.validate(pipeline, generator))
+            card = self.recipe.card()
+            card.arguments = config.to_dict()
+            card.results = {"training loss": self._last_loss, "updates": self.step, **card.results}
+            save_repo(pipeline, config.output_dir, card=card, sample=sample)

@@ -1,0 +1,149 @@
+r"""What a denoiser learns: noisy input, target and weighted loss.
+
+With \(\bar\alpha_t\) the scheduler's `alphas_cumprod` and SNR \(= \bar\alpha_t / (1 - \bar\alpha_t)\):
+
+- `EpsX0V`: \(x_t = \sqrt{\bar\alpha_t} x_0 + \sqrt{1 - \bar\alpha_t} n\); the target is \(n\), \(x_0\) or
+  \(v = \sqrt{\bar\alpha_t} n - \sqrt{1 - \bar\alpha_t} x_0\).
+- `FlowMatching`: \(x_t = (1 - \sigma) x_0 + \sigma n\); the target is \(n - x_0\), the model's timestep
+  \(1000 \sigma\).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.training_utils import compute_snr
+
+__all__ = ["EpsX0V", "FlowMatching", "Objective", "snr_weights"]
+
+PredictionType = Literal["epsilon", "sample", "v_prediction"]
+Weighting = Literal["none", "min_snr", "snr"]
+
+
+def snr_weights(
+    snr: torch.Tensor, prediction_type: PredictionType, weighting: Weighting, snr_gamma: float = 5.0
+) -> torch.Tensor:
+    """Computes the loss weight of each sample from its signal-to-noise ratio.
+
+    `"min_snr"` is the weighting of Hang et al. (arXiv 2303.09556, eq. 6) in the space of each prediction:
+    `min(SNR, gamma)` for the clean sample, divided by `SNR` for noise and by `SNR + 1` for v. `"snr"` weights every
+    prediction as if the plain loss on the noise were taken.
+
+    Args:
+        snr: `(batch,)` signal-to-noise ratios, 0 and infinity included.
+        prediction_type: `"epsilon"`, `"sample"` or `"v_prediction"`.
+        weighting: `"none"`, `"min_snr"` or `"snr"`.
+        snr_gamma: the bound of `"min_snr"`.
+
+    Returns:
+        `(batch,)` finite weights. Where SNR is 0 the weight of the noise is 0 / 0; its limit, 1, is taken.
+
+    Example:
+        >>> import torch
+        >>> snr_weights(torch.tensor([0.0, 1.0, 10.0]), "epsilon", "min_snr")
+        tensor([1.0000, 1.0000, 0.5000])
+    """
+    if weighting == "none":
+        return torch.ones_like(snr)
+    bound = snr.clamp(max=snr_gamma) if weighting == "min_snr" else snr
+    if prediction_type == "sample":
+        return bound
+    if prediction_type == "v_prediction":
+        return bound / (snr + 1)
+    return torch.where(snr == 0, torch.ones_like(snr), bound / snr.clamp(min=torch.finfo(snr.dtype).tiny))
+
+
+class Objective:
+    """Makes noisy inputs and targets, and compares a prediction with its target."""
+
+    def make(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the noisy samples and the targets, both of `x0`'s shape `(batch, ...)`."""
+        raise NotImplementedError
+
+    def model_timesteps(self, t: torch.Tensor) -> torch.Tensor:
+        """Returns what the network is given as its timestep."""
+        return t
+
+    def weights(self, t: torch.Tensor) -> torch.Tensor | None:
+        """Returns `(batch,)` loss weights, or `None` for the plain mean."""
+        return None
+
+    def loss(
+        self, prediction: torch.Tensor, target: torch.Tensor, t: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Returns the weighted mean squared error, a scalar in fp32.
+
+        Args:
+            prediction: `(batch, ...)`.
+            target: the same shape.
+            t: `(batch,)` timesteps.
+            mask: same shape or broadcastable to it; elements where it is 0 do not count.
+        """
+        weights = self.weights(t)
+        if weights is None and mask is None:
+            return F.mse_loss(prediction.float(), target.float())
+        error = (prediction.float() - target.float()) ** 2
+        if mask is not None:
+            mask = mask.expand_as(error).float()
+            each = (error * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
+        else:
+            each = error.flatten(1).mean(1)
+        return each.mean() if weights is None else (weights * each).mean()
+
+
+class EpsX0V(Objective):
+    """Noise, clean sample or v on a discrete variance-preserving schedule.
+
+    Args:
+        scheduler: any Diffusers scheduler with `alphas_cumprod` and `add_noise`.
+        weighting: see `snr_weights`.
+        snr_gamma: bound of `"min_snr"`.
+
+    Raises:
+        ValueError: the scheduler's `prediction_type` is none of the three.
+    """
+
+    def __init__(self, scheduler: Any, weighting: Weighting = "none", snr_gamma: float = 5.0) -> None:
+        self.prediction_type: PredictionType = scheduler.config.prediction_type
+        if self.prediction_type not in ("epsilon", "sample", "v_prediction"):
+            raise ValueError(
+                "`scheduler.config.prediction_type` must be 'epsilon', 'sample' or 'v_prediction', got "
+                f"{self.prediction_type!r}."
+            )
+        self.scheduler, self.weighting, self.snr_gamma = scheduler, weighting, snr_gamma
+
+    def make(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Objective.make`; `t` holds int timesteps `0..T-1`."""
+        noisy = self.scheduler.add_noise(x0, noise, t)
+        if self.prediction_type == "epsilon":
+            return noisy, noise
+        return noisy, x0 if self.prediction_type == "sample" else self.scheduler.get_velocity(x0, noise, t)
+
+    def weights(self, t: torch.Tensor) -> torch.Tensor | None:
+        """Returns `(batch,)` weights of the chosen kind."""
+        if self.weighting == "none":
+            return None
+        return snr_weights(compute_snr(self.scheduler, t), self.prediction_type, self.weighting, self.snr_gamma)
+
+
+class FlowMatching(Objective):
+    """Velocity of the straight path between data and noise (Lipman et al., arXiv 2210.02747).
+
+    Args:
+        num_train_timesteps: the network's timestep is this times the noise level, as Diffusers' flow-matching
+            schedulers call it.
+    """
+
+    def __init__(self, num_train_timesteps: int = 1000) -> None:
+        self.num_train_timesteps = num_train_timesteps
+
+    def make(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Objective.make`; `t` holds noise levels in `[0, 1]`."""
+        sigma = t.view(-1, *[1] * (x0.ndim - 1)).to(x0.dtype)
+        return (1 - sigma) * x0 + sigma * noise, noise - x0
+
+    def model_timesteps(self, t: torch.Tensor) -> torch.Tensor:
+        """Returns `num_train_timesteps * sigma`."""
+        return self.num_train_timesteps * t

@@ -1,0 +1,157 @@
+"""A stopped run and its resume equal the run that was never stopped, bit for bit."""
+
+import json
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+import torch
+
+from diffusers_ext.training.checkpoint import CheckpointError
+
+from .tiny import Record, run, weights, write_data
+
+STEPS = 17  # 40 samples in batches of 4: epochs end at 10
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"), n=43)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    _, record, _ = run(data, folder, max_train_steps=STEPS, random_flip=True, lr_scheduler="cosine")
+    return record.losses, weights(folder)
+
+
+def assert_same(folder, losses, uninterrupted):
+    expected_losses, expected = uninterrupted
+    assert losses == expected_losses
+    found = weights(folder)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("stop", "workers"), [(4, (0, 1)), (10, (2, 0)), (14, (0, 0))])
+def test_stop_by_signal_and_resume(data, tmp_path, uninterrupted, stop, workers):
+    common = {"max_train_steps": STEPS, "random_flip": True, "lr_scheduler": "cosine"}
+    first = Record(signal_at=stop)
+    result, _, _ = run(data, tmp_path, callback=first, dataloader_num_workers=workers[0], **common)
+    assert (result.steps, result.stopped_by) == (stop, "SIGTERM")
+    assert not (tmp_path / "model_index.json").exists()
+    _, second, _ = run(
+        data, tmp_path, resume_from_checkpoint="latest", dataloader_num_workers=workers[1], **common
+    )
+    assert_same(tmp_path, first.losses + second.losses, uninterrupted)
+    logged = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert logged == list(range(1, STEPS + 1))
+
+
+def test_kill_during_a_save_leaves_the_previous_checkpoint(data, tmp_path, uninterrupted):
+    script = f"""
+        import os, signal, torch
+        torch.set_num_threads(1)
+        from tests.training.tiny import run
+        import diffusers_ext.training.checkpoint as checkpoint
+        save, calls = torch.save, []
+        def dying_save(state, path):
+            calls.append(path)
+            if "12" in str(path):
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(state, path)
+        checkpoint.torch.save = dying_save
+        run({str(data)!r}, {str(tmp_path)!r}, max_train_steps={STEPS}, random_flip=True, lr_scheduler="cosine",
+            checkpointing_steps=6)
+    """
+    process = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert process.returncode == -9, process.stderr
+    assert (tmp_path / "checkpoint-12.tmp").is_dir()
+    _, record, _ = run(
+        data,
+        tmp_path,
+        max_train_steps=STEPS,
+        random_flip=True,
+        lr_scheduler="cosine",
+        checkpointing_steps=6,
+        resume_from_checkpoint="latest",
+    )
+    assert len(record.losses) == STEPS - 6
+    assert_same(tmp_path, uninterrupted[0][:6] + record.losses, uninterrupted)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(data, tmp_path, monkeypatch):
+    import diffusers_ext.training.checkpoint as checkpoint
+
+    original = torch.save
+
+    def full(state, path):
+        if "checkpoint-4" in str(path):
+            raise OSError(28, "No space left on device")
+        original(state, path)
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left on device.*newest whole checkpoint is .*checkpoint-2"):
+        run(data, tmp_path, checkpointing_steps=2)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]
+
+
+def test_rotation_keeps_the_newest(data, tmp_path):
+    run(data, tmp_path, checkpointing_steps=2, checkpoints_total_limit=2)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_refuses_a_checkpoint_of_another_model(data, tmp_path):
+    run(data, tmp_path, max_train_steps=2)
+    other = {**json.loads((data / "unet.json").read_text()), "block_out_channels": [4, 4]}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` must be a checkpoint of this model.*shape"):
+        run(data, tmp_path, resume_from_checkpoint="latest", unet_config=str(tmp_path / "other.json"))
+    with pytest.raises(ValueError, match="whole checkpoints here: .*checkpoint-2"):
+        run(data, tmp_path, resume_from_checkpoint="nowhere")
+
+
+def test_resume_with_another_batch_size_goes_on_from_the_samples_seen(data, tmp_path):
+    run(data, tmp_path, max_train_steps=4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result, record, trainer = run(
+            data, tmp_path, max_train_steps=6, train_batch_size=8, resume_from_checkpoint="latest"
+        )
+    assert any("train_batch_size (4 -> 8)" in str(w.message) for w in caught)
+    assert result.steps == 6
+    assert len(record.losses) == 2
+    assert trainer._micro_step == 4  # 16 samples seen = 2 batches of 8, then 2 more
+
+
+def test_the_command_line_run_survives_sigterm(data, tmp_path, uninterrupted):
+    """Signals the training process of `python script`, waits for exit code 0, and resumes."""
+    import signal
+    import time
+
+    arguments = [
+        "--config",
+        str(tmp_path / "run.json"),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--resume_from_checkpoint",
+        "latest",
+    ]
+    from .tiny import make_config
+
+    config = make_config(data, "unused", max_train_steps=STEPS, random_flip=True, lr_scheduler="cosine").to_dict()
+    (tmp_path / "run.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+    script = ["training/train_immiscible.py", *arguments]
+    child = subprocess.Popen([sys.executable, *script], stderr=subprocess.DEVNULL)
+    log = tmp_path / "out" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while not (log.is_file() and log.read_text()) and time.time() < deadline:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(60) == 0
+    subprocess.run([*command, *script], check=True, capture_output=True, text=True)
+    losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+    assert_same(tmp_path / "out", losses, uninterrupted)
