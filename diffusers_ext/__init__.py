@@ -1,3 +1,61 @@
-"""Diffusion papers as Diffusers components."""
+"""Diffusion papers as Diffusers components: load with `from_pretrained`, train with accelerate, share on the Hub.
+
+Importing this package is light: names are loaded when they are used. It also makes the package's pipelines known to
+`DiffusionPipeline.from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from . import _diffusers_hook
 
 __version__ = "0.1.0"
+
+# The public index: where each flat name lives. A method adds its lines here.
+_PUBLIC = {
+    "data.sampler": ["PositionalBatchSampler", "SeededDataset"],
+    "data.sources": ["load_images"],
+    "generation.pipeline": ["ImageGenerationPipeline"],
+    "hub.card": ["RepoCard"],
+    "hub.repo": ["push_repo", "save_repo"],
+    "immiscible.assignment": ["AssignmentNoise", "assignment_permutation"],
+    "immiscible.nearest": ["NearestNoise", "knn_sample", "knn_select"],
+    "immiscible.recipe": ["ImmiscibleConfig", "ImmiscibleRecipe"],
+    "immiscible.sign_flip": ["SignFlipNoise"],
+    "metrics.features": ["ImageClassifierFeatures", "extract_features", "inception_features"],
+    "metrics.frechet": ["GaussianStatistics", "frechet_distance"],
+    "metrics.kernel": ["kernel_distance"],
+    "training.arguments": ["parse_config"],
+    "training.callbacks": ["Callback"],
+    "training.config": ["TrainConfig"],
+    "training.denoising": ["DenoisingConfig", "DenoisingRecipe"],
+    "training.engine": ["TrainResult", "Trainer"],
+    "training.noise": ["GaussianNoise", "NoiseStrategy"],
+    "training.objectives": ["EpsX0V", "FlowMatching"],
+    "training.recipe": ["Modules", "Recipe", "Sample", "StepOutput"],
+    "training.rng": ["StepRNG"],
+}
+_MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted(_MODULES)  # noqa: PLE0605 - derived from the index
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    else:
+        # Diffusers loads a component of this package only if the base class it knows stands here too.
+        value = _diffusers_hook.loadable_base_class(name)
+        if value is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+_diffusers_hook.install(_MODULES)

@@ -214,7 +214,10 @@ class Trainer:
         self.ctx.model = self.model
         # Not prepared: accelerate would step it once per process.
         self.lr_scheduler = get_scheduler(
-            config.lr_scheduler, self.optimizer, config.lr_warmup_steps, num_training_steps=self.total_steps
+            config.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=self.total_steps,
         )
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.ema = (

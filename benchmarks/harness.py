@@ -1,0 +1,60 @@
+"""What all benchmarks share: interleaved timing and one format for results."""
+
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import accelerate
+import diffusers
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def interleaved(functions, repeats):
+    """Times functions in turn, so that a slow moment of the machine hits all of them; returns median seconds."""
+    times = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def figure(value, unit, goal=None, spread=None):
+    """Returns one entry of a result's `figures`."""
+    entry = {"value": round(float(value), 6), "unit": unit}
+    if spread is not None:
+        entry["spread"] = round(float(spread), 6)
+    if goal is not None:
+        entry["goal"] = goal
+    return entry
+
+
+def write_result(name, command, figures, seeds, seconds):
+    """Writes benchmarks/results/{name}.json and prints the figures."""
+    result = {
+        "name": name,
+        "command": command,
+        "seeds": seeds,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "accelerate": accelerate.__version__,
+        },
+        "seconds": round(seconds),
+        "figures": figures,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    partial = RESULTS / f"{name}.json.tmp"
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(RESULTS / f"{name}.json")
+    for key, entry in figures.items():
+        spread = f" +- {entry['spread']}" if "spread" in entry else ""
+        print(f"{key}: {entry['value']}{spread} {entry['unit']} {entry.get('goal', '')}")

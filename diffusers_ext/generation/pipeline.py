@@ -1,0 +1,266 @@
+"""Images from a UNet and any Diffusers scheduler, in pixel or latent space, with or without classes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, UNet2DModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+from diffusers_ext.hub.loading import SafePipeline
+
+__all__ = ["ImageGenerationPipeline"]
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class ImageGenerationPipeline(SafePipeline):
+    """Generates images without text: what the training scripts of this package save.
+
+    Args:
+        unet: a `UNet2DModel`; class-conditional if it has class embeddings.
+        scheduler: any Diffusers scheduler. Flow-matching schedulers give the network 1000 times the noise level as
+            its timestep, as they do everywhere in Diffusers.
+        vae: `AutoencoderKL` if `unet` works on latents.
+        image_scale: what pixels (or scaled latents) were multiplied by in training; samples are divided by it.
+        null_class_label: the label that stands for "no class", needed for guidance.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import DDIMScheduler, UNet2DModel
+        >>> from diffusers_ext import ImageGenerationPipeline
+        >>> unet = UNet2DModel(
+        ...     sample_size=8, in_channels=1, out_channels=1, block_out_channels=(4, 4), norm_num_groups=2,
+        ...     down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+        ... )
+        >>> pipeline = ImageGenerationPipeline(unet, DDIMScheduler())
+        >>> pipeline.set_progress_bar_config(disable=True)
+        >>> images = pipeline(2, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+        >>> len(images), images[0].size, images[0].mode
+        (2, (8, 8), 'L')
+    """
+
+    __module__ = "diffusers_ext"
+
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["vae"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | None = None,
+        image_scale: float = 1.0,
+        null_class_label: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not image_scale > 0:
+            raise ValueError(f"`image_scale` must be a number > 0, got {image_scale!r}.")
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        self.register_to_config(image_scale=image_scale, null_class_label=null_class_label)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        self._guidance_scale = 1.0
+        self._num_timesteps = 0
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of the present call."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of scheduler steps of the present call."""
+        return self._num_timesteps
+
+    def _latent_shape(self) -> tuple[int, int, int]:
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+    def check_inputs(
+        self,
+        batch_size: int | None,
+        class_labels: torch.Tensor | None,
+        num_inference_steps: int,
+        guidance_scale: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> int:
+        """Checks the arguments of a call and returns the batch size.
+
+        Raises:
+            ValueError: an argument is wrong or contradicts another; the message names it.
+        """
+        classes = getattr(self.unet.config, "num_class_embeds", None)
+        conditional = getattr(self.unet, "class_embedding", None) is not None
+        if conditional and class_labels is None:
+            raise ValueError("`class_labels` must be given: this model is class-conditional.")
+        if not conditional and class_labels is not None:
+            raise ValueError(f"`class_labels` must be left out: this model has no classes, got {class_labels.tolist()}.")
+        if class_labels is not None:
+            if class_labels.ndim != 1 or class_labels.is_floating_point() or len(class_labels) == 0:
+                raise ValueError(
+                    "`class_labels` must be an int, a list of ints or a 1-D integer tensor, got "
+                    f"{class_labels.dtype} of shape {tuple(class_labels.shape)}."
+                )
+            if classes is not None and not (0 <= int(class_labels.min()) and int(class_labels.max()) < classes):
+                raise ValueError(f"`class_labels` must lie in 0..{classes - 1}, got {class_labels.tolist()}.")
+            if batch_size not in (None, len(class_labels)) and len(class_labels) > 1:
+                raise ValueError(
+                    f"`batch_size` must be left out or equal the {len(class_labels)} `class_labels`, got {batch_size}."
+                )
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"`batch_size` must be an integer >= 1, got {batch_size!r}.")
+        if batch_size is None:
+            given = class_labels if class_labels is not None else latents
+            batch_size = 1 if given is None else len(given)
+        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` must be an integer >= 1, got {num_inference_steps!r}.")
+        if guidance_scale != 1.0 and (class_labels is None or self.config.null_class_label is None):
+            raise ValueError(
+                f"`guidance_scale` must be 1 for a model without classes or without a null label, got {guidance_scale}."
+            )
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` must be one generator or a list of {batch_size}, got a list of {len(generator)}."
+            )
+        shape = (batch_size, *self._latent_shape())
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {list(OUTPUT_TYPES)}, got {output_type!r}.")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be a subset of {self._callback_tensor_inputs}, got "
+                f"{callback_on_step_end_tensor_inputs}."
+            )
+        return batch_size
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        class_labels: int | list[int] | torch.Tensor | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        eta: float = 0.0,
+        sigmas: list[float] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - as in Diffusers, never changed
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draws images; the result is deterministic given the initial latents unless scheduler or `eta` add noise.
+
+        Args:
+            batch_size: number of images, by default the number of `class_labels`, or 1.
+            class_labels: one label for all images, or one per image, `(batch,)`.
+            num_inference_steps: scheduler steps.
+            guidance_scale: w of classifier-free guidance, `null + w * (class - null)`; 1 turns it off.
+            eta: DDIM's eta, for schedulers that take it; 0 is deterministic.
+            sigmas: noise levels for schedulers that take them, instead of their own; flow-matching Euler gets the
+                uniform grid `1, ..., 1/num_inference_steps` by default.
+            generator: one generator, or one per image.
+            latents: `(batch, channels, height, width)` standard normal start, instead of drawing it.
+            output_type: `"pil"`; `"np"` `(batch, height, width, channels)` or `"pt"` `(batch, channels, height,
+                width)` in `[0, 1]`; `"latent"`: the samples as the scheduler leaves them.
+            return_dict: return `ImagePipelineOutput` instead of a tuple.
+            callback_on_step_end: called as `(pipeline, step, timestep, {"latents": ...})` after every step; the
+                latents it returns are used.
+            callback_on_step_end_tensor_inputs: names passed to it.
+
+        Returns:
+            `ImagePipelineOutput` with `images`, or a tuple of them.
+
+        Raises:
+            ValueError: an argument is wrong or contradicts another.
+        """
+        labels = None
+        if class_labels is not None:
+            labels = torch.as_tensor([class_labels] if isinstance(class_labels, int) else class_labels)
+        batch_size = self.check_inputs(
+            batch_size,
+            labels,
+            num_inference_steps,
+            guidance_scale,
+            generator,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        device, dtype = self._execution_device, self.unet.dtype
+        self._guidance_scale = guidance_scale
+        labels = None if labels is None else labels.to(device).expand(batch_size)
+
+        timesteps = self._set_timesteps(num_inference_steps, sigmas, device)
+        self._num_timesteps = len(timesteps)
+        if latents is None:
+            latents = randn_tensor((batch_size, *self._latent_shape()), generator=generator, device=device, dtype=dtype)
+        latents = latents.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        step_arguments = self._step_arguments(eta, generator)
+
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                prediction = self._predict(latents, t, labels, guidance_scale)
+                latents = self.scheduler.step(prediction, t, latents, **step_arguments, return_dict=False)[0]
+                latents = latents.to(dtype)
+                if callback_on_step_end is not None:
+                    changed = callback_on_step_end(self, i, t, {"latents": latents})
+                    latents = changed.get("latents", latents)
+                progress_bar.update()
+
+        images: Any = latents if output_type == "latent" else self._decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _set_timesteps(
+        self, num_inference_steps: int, sigmas: list[float] | None, device: torch.device
+    ) -> torch.Tensor:
+        if sigmas is None and isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            # Its own grid ends at 1/1000 before 0: with few steps the last one would be wasted.
+            sigmas = list(np.linspace(1.0, 1 / num_inference_steps, num_inference_steps))
+        if sigmas is None:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        elif "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters:
+            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
+        else:
+            raise ValueError(f"`sigmas` must be left out: {type(self.scheduler).__name__} does not take them.")
+        return self.scheduler.timesteps
+
+    def _step_arguments(self, eta: float, generator: Any) -> dict[str, Any]:
+        accepted = inspect.signature(self.scheduler.step).parameters
+        if eta and "eta" not in accepted:
+            raise ValueError(f"`eta` must be 0: {type(self.scheduler).__name__} does not take it, got {eta}.")
+        arguments = {"eta": eta, "generator": generator}
+        return {name: value for name, value in arguments.items() if name in accepted}
+
+    def _predict(
+        self, latents: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
+    ) -> torch.Tensor:
+        sample = latents
+        if hasattr(self.scheduler, "scale_model_input"):
+            sample = self.scheduler.scale_model_input(sample, t)
+        if labels is None or guidance_scale == 1.0:
+            return self.unet(sample, t, class_labels=labels, return_dict=False)[0]
+        both = torch.cat([torch.full_like(labels, self.config.null_class_label), labels])
+        null, conditional = self.unet(torch.cat([sample, sample]), t, class_labels=both, return_dict=False)[0].chunk(2)
+        return null + guidance_scale * (conditional - null)
+
+    def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
+        images = latents / self.config.image_scale
+        if self.vae is not None:
+            images = images / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
+            images = self.vae.decode(images.to(self.vae.dtype), return_dict=False)[0]
+        return self.image_processor.postprocess(images.float(), output_type=output_type)

@@ -1,0 +1,168 @@
+"""Complete Hub repos: written whole, then pushed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from PIL import Image
+
+from .card import RepoCard
+
+__all__ = ["pipeline_code", "push_repo", "save_repo"]
+
+IGNORED = ["checkpoint-*", "checkpoint-*/**", "*.tmp", "*.tmp/**", "logs/**", "samples/**"]
+
+CODE = '''"""Loads {name} from the package `diffusers-ext`."""
+
+try:
+    from diffusers_ext import {name}
+except ImportError as error:
+    raise ImportError("this pipeline needs the package diffusers-ext: pip install diffusers-ext") from error
+
+__all__ = ["{name}"]
+'''
+
+
+def pipeline_code(name: str) -> str:
+    """Returns the `pipeline.py` that re-exports a pipeline class of this package."""
+    return CODE.format(name=name)
+
+
+def save_repo(
+    pipeline: DiffusionPipeline,
+    save_directory: str | os.PathLike,
+    *,
+    card: RepoCard | None = None,
+    sample: Image.Image | None = None,
+    self_contained: bool = False,
+    variant: str | None = None,
+) -> Path:
+    """Writes a pipeline as a complete Hub repo.
+
+    Weights are safetensors. Everything is written beside the folder first and moved in when it is whole, so that a
+    failure leaves an earlier content as it was; other files in the folder stay.
+
+    Args:
+        pipeline: any Diffusers pipeline. One of this package gets a `pipeline.py`, so that
+            `custom_pipeline=` works on the repo.
+        save_directory: the folder.
+        card: contents of README.md, `training_arguments.json` and `results.json`.
+        sample: picture for the card, saved as `sample.png`.
+        self_contained: name that `pipeline.py` in `model_index.json`, so that
+            `DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)` works without importing this package
+            first. Such a repo then always asks for `trust_remote_code`.
+        variant: such as `"fp16"`, as in `save_pretrained`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: `self_contained` with a pipeline that is not of this package.
+    """
+    target = Path(save_directory)
+    name, own = type(pipeline).__name__, type(pipeline).__module__ == "diffusers_ext"
+    if self_contained and not own:
+        raise ValueError(f"`self_contained` must be False for a pipeline of another package, got {name}.")
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", suffix=".tmp", dir=target.parent) as partial:
+        folder = Path(partial)
+        pipeline.save_pretrained(folder, safe_serialization=True, variant=variant)
+        if own:
+            (folder / "pipeline.py").write_text(pipeline_code(name))
+        if self_contained:
+            index = folder / "model_index.json"
+            entries = json.loads(index.read_text())
+            entries["_class_name"] = ["pipeline", name]
+            index.write_text(json.dumps(entries, indent=2) + "\n")
+        if sample is not None:
+            sample.save(folder / "sample.png")
+        if card is not None:
+            text = card.model_card(str(save_directory), "sample.png" if sample is not None else None)
+            (folder / "README.md").write_text(str(text))
+            (folder / "training_arguments.json").write_text(json.dumps(card.arguments, indent=2) + "\n")
+            (folder / "results.json").write_text(json.dumps(card.results, indent=2) + "\n")
+        for entry in sorted(folder.iterdir()):
+            _replace(entry, target / entry.name)
+    return target
+
+
+def _replace(source: Path, destination: Path) -> None:
+    """Moves a file or folder over another, which is gone only when the new one is in its place."""
+    if destination.is_dir():
+        old = destination.with_name(f".{destination.name}-old.tmp")
+        shutil.rmtree(old, ignore_errors=True)
+        destination.rename(old)
+        source.rename(destination)
+        shutil.rmtree(old)
+    else:
+        os.replace(source, destination)
+
+
+def push_repo(
+    save_directory: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """Uploads a folder that `save_repo` wrote, in one commit, with the token of the login.
+
+    Checkpoints, logs and validation pictures stay here.
+
+    Args:
+        save_directory: the folder.
+        repo_id: `"organisation/name"` or `"name"`; created if it does not exist.
+        private: make it private when it is created.
+        revision: branch to commit to.
+        commit_message: by default "Upload with diffusers_ext".
+
+    Returns:
+        The commit's URL.
+
+    Raises:
+        ValueError: `repo_id` is not a repo name, or the folder holds no pipeline.
+        RuntimeError: the upload failed; the folder is whole, and the message says how to try again.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"`repo_id` must be 'organisation/name', got {repo_id!r}: {error}") from error
+    folder = Path(save_directory)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"`save_directory` must be a folder with model_index.json, got {str(save_directory)!r}.")
+    api: Any = HfApi()
+    try:
+        _fill_in_repo_id(folder, repo_id)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message or "Upload with diffusers_ext",
+            ignore_patterns=IGNORED,
+        )
+    except Exception as error:  # the Hub client raises many kinds; all mean the same to the caller
+        exclude = " ".join(f"--exclude '{pattern}'" for pattern in IGNORED)
+        raise RuntimeError(
+            f"the upload to {repo_id!r} failed: {error}. The folder {folder} is whole. To try again: "
+            f"hf upload {repo_id} {folder} . {exclude}"
+        ) from error
+    return str(commit.commit_url)
+
+
+def _fill_in_repo_id(folder: Path, repo_id: str) -> None:
+    """Lets the card's snippet load the repo instead of the folder."""
+    card = folder / "README.md"
+    if card.is_file():
+        loads = 'from_pretrained("{}")'
+        card.write_text(card.read_text().replace(loads.format(folder), loads.format(repo_id)))

@@ -1,0 +1,109 @@
+"""Arguments: the command line, configuration files, and every refusal."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusers_ext import ImmiscibleConfig, parse_config
+
+from .tiny import make_config, run, write_data
+
+BASE = ["--train_data_dir", "photos", "--max_train_steps", "10"]
+
+
+def test_the_command_line_wins_over_the_file_and_both_are_typed(tmp_path):
+    (tmp_path / "c.yaml").write_text("learning_rate: 1e-3\nmax_train_steps: 5\nuse_ema: false\nnoise: knn\n")
+    config = parse_config(
+        ImmiscibleConfig, ["--config", str(tmp_path / "c.yaml"), "--train_data_dir", "x", "--max_train_steps", "7"]
+    )
+    assert config.learning_rate == 1e-3
+    assert isinstance(config.learning_rate, float)
+    assert (config.max_train_steps, config.use_ema, config.noise) == (7, False, "knn")
+    (tmp_path / "c.json").write_text(json.dumps({"noise": "knn", "noise_options": {"k": 8, "score": "inner"}}))
+    config = parse_config(ImmiscibleConfig, [f"--config={tmp_path / 'c.json'}", *BASE])
+    assert config.make_noise().k == 8
+
+
+def test_defaults_are_the_documented_ones():
+    config = parse_config(ImmiscibleConfig, BASE)
+    assert (config.learning_rate, config.adam_beta1, config.adam_beta2) == (1e-4, 0.9, 0.999)
+    assert (config.adam_weight_decay, config.adam_epsilon, config.max_grad_norm) == (1e-2, 1e-8, 1.0)
+    assert (config.lr_scheduler, config.lr_warmup_steps) == ("constant", 500)
+    assert (config.use_ema, config.ema_decay, config.seed) == (True, 0.9999, 0)
+
+
+def test_refuses_unknown_names_with_the_nearest(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("learning_rat: 1e-3\n")
+    with pytest.raises(ValueError, match=r"unknown argument 'learning_rat'.*did you mean --learning_rate"):
+        parse_config(ImmiscibleConfig, ["--config", str(tmp_path / "c.yaml"), *BASE])
+    with pytest.raises(SystemExit):
+        parse_config(ImmiscibleConfig, [*BASE, "--learning_rat", "1"])
+    assert "did you mean --learning_rate" in capsys.readouterr().err
+    (tmp_path / "bad.yaml").write_text("lr_scheduler: cosinus\n")
+    with pytest.raises(SystemExit):
+        parse_config(ImmiscibleConfig, ["--config", str(tmp_path / "bad.yaml"), *BASE])
+    assert "cosinus" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="`config` must be an existing"):
+        parse_config(ImmiscibleConfig, ["--config", "missing.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_train_steps": None}, "exactly one of `max_train_steps` and `num_train_epochs`"),
+        ({"num_train_epochs": 2}, "exactly one of `max_train_steps` and `num_train_epochs`"),
+        ({"mixed_precision": "fp8"}, r"`mixed_precision` must be one of \['no', 'fp16', 'bf16'\], got 'fp8'"),
+        ({"lr_scheduler": "cosinus"}, "`lr_scheduler` must be one of"),
+        ({"train_data_dir": None}, "exactly one of `dataset_name` and `train_data_dir`"),
+        ({"dataset_name": "a/b"}, "exactly one of `dataset_name` and `train_data_dir`"),
+        ({"noise": "pink"}, "`noise` must be one of .*'assignment'.*got 'pink'"),
+        ({"noise": "knn", "k": 0}, "`k` must be .*got 0"),
+        ({"noise_options": "{"}, "`noise_options` must be a JSON object"),
+        ({"noise_options": '{"q": 1}'}, "`noise_options` must be a JSON object of arguments of GaussianNoise"),
+        ({"noise": "assignment", "group_size": 0}, "`group_size` must be .*got 0"),
+        ({"image_scale": 0.0}, "`image_scale` must be a number > 0, got 0.0"),
+        ({"seed": -1}, "`seed` must be an integer >= 0, got -1"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must be a finite number > 0"),
+        ({"train_batch_size": 0}, "`train_batch_size` must be an integer >= 1, got 0"),
+        ({"report_to": "excel"}, "`report_to` must be 'none' or a list from"),
+        ({"push_to_hub": True}, "`hub_model_id` must be given"),
+        ({"prediction_type": "flow", "snr_gamma": 5.0}, "`snr_gamma` must be left out"),
+        ({"prediction_type": "epsilon", "timestep_sampling": "logit_normal"}, "`timestep_sampling` must be 'uniform'"),
+        ({"pretrained_model_name_or_path": "x"}, "`unet_config` must be left out"),
+    ],
+)
+def test_bad_values_are_refused_when_the_configuration_is_made(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(tmp_path, tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_data_dir": "/nowhere"}, "`train_data_dir` must be .*'/nowhere'"),
+        ({"lr_scheduler": "cosine", "lr_warmup_steps": 7}, "`lr_warmup_steps` must be at most .*6, got 7"),
+        ({"train_batch_size": 65}, "64"),
+        ({"resolution": 9}, "`resolution` must be a multiple of 2.*got 9"),
+        ({"unet_config": "/nowhere.json"}, "`unet_config` must be an existing JSON file"),
+        ({"label_column": "kind"}, "`label_column` must be one of the columns .*got 'kind'"),
+    ],
+)
+def test_bad_data_and_models_are_refused_before_training(tmp_path, changes, message):
+    data = write_data(tmp_path / "data")
+    with pytest.raises(ValueError, match=message):
+        run(data, tmp_path / "out", **changes)
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_an_empty_folder_and_a_corrupt_image_are_refused(tmp_path):
+    data = write_data(tmp_path / "data")
+    (tmp_path / "images").mkdir()
+    with pytest.raises(ValueError, match="images"):
+        run(data, tmp_path / "out", train_data_dir=str(tmp_path / "images"))
+    for i in range(5):
+        Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "images" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        run(data, tmp_path / "out", train_data_dir=str(tmp_path / "images"))
