@@ -5,6 +5,9 @@ import json
 import pytest
 import torch
 from accelerate import debug_launcher
+from accelerate.state import PartialState
+
+from tests.conftest import reset_accelerate
 
 from .tiny import Record, run, weights, write_data
 
@@ -17,13 +20,18 @@ def data(tmp_path_factory):
     return folder
 
 
+def two_process_state():
+    """Forgets the parent's accelerate state, which a forked process inherits, and joins the group."""
+    torch.set_num_threads(1)
+    reset_accelerate()
+    state = PartialState(cpu=True)
+    assert state.num_processes == 2
+    return state
+
+
 def _train(data, folder, changes, signal_rank, signal_at):
     """Runs in each process; writes what the parent checks."""
-    from accelerate.state import PartialState
-
-    torch.set_num_threads(1)
-    state = PartialState()
-    assert state.num_processes == 2
+    state = two_process_state()
     record = Record(signal_at if state.process_index == signal_rank else None)
     result, record, _ = run(data, folder, callback=record, **changes)
     report = {"losses": record.losses, "rates": record.rates, "stopped_by": result.stopped_by, "steps": result.steps}
@@ -44,7 +52,8 @@ def assert_weights(first, second, **tolerance):
 
 @pytest.mark.parametrize("noise", ["gaussian", "knn", "assignment"])
 def test_two_processes_equal_one_with_sample_scope(data, tmp_path, noise):
-    common = {"rng_scope": "sample", "noise": noise, "max_train_steps": 4}
+    # Adam divides rounding errors of vanishing gradients by themselves; a larger epsilon leaves them small.
+    common = {"rng_scope": "sample", "noise": noise, "max_train_steps": 4, "adam_epsilon": 1e-4}
     run(data, tmp_path / "one", train_batch_size=8, **common)
     reports = two(data, tmp_path / "two", train_batch_size=4, **common)
     assert reports[0]["losses"] == reports[1]["losses"]  # the logged loss is the mean over processes
@@ -81,14 +90,12 @@ def test_a_signal_to_one_process_stops_both_and_the_resume_is_exact(data, tmp_pa
 
 def _sharded(folder):
     """EMA and full weights of a module that torch's own `fully_shard` has split over two processes."""
-    from accelerate.state import PartialState
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     from diffusers_ext.training.weights import Ema, copy_full_, full_tensor
 
-    state = PartialState()
-    assert state.num_processes == 2
+    state = two_process_state()
     torch.manual_seed(0)
     plain = torch.nn.Linear(6, 4)
     sharded = torch.nn.Linear(6, 4)

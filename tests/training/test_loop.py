@@ -33,7 +33,7 @@ def test_plain_noise_equals_a_diffusers_loop_bit_for_bit(data, tmp_path):
     scheduler = DDIMScheduler(timestep_spacing="trailing")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=3, num_training_steps=20)
-    ema = EMAModel(model.parameters(), decay=0.9)
+    ema = EMAModel(model.parameters(), decay=0.9, foreach=True)
     rng = StepRNG(0)
     batches = PositionalBatchSampler(len(dataset), 4, total=20)
     for step, batch in enumerate(torch.utils.data.DataLoader(SeededDataset(dataset, 0), batch_sampler=batches)):
