@@ -114,6 +114,8 @@ def _combine(
     best = along.argmax(1) if score == "inner" else (along**2 - 2 * norm * along + across).argmin(1)
     z, q = along.gather(1, best[:, None]), across.gather(1, best[:, None])
     present = (vector * unit).sum(1, keepdim=True)
+    if score == "inner":
+        z = torch.where(norm > 0, z, present)  # at the origin every inner product is 0: no choice
     if score == "inner" or flat.shape[1] == 1:
         # The perpendicular part of the one vector has the right law already.
         return (vector + (z - present) * unit).view(x.shape)

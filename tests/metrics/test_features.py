@@ -1,0 +1,48 @@
+"""The shipped classifier reads the shipped digits; features are what the head reads."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from diffusers_ext import ImageClassifierFeatures, extract_features, inception_features, load_images
+from diffusers_ext.data.digits import CLASSIFIER, DIGITS
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return ImageClassifierFeatures.from_pretrained(CLASSIFIER, use_safetensors=True).eval()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = load_images(train_data_dir=str(DIGITS), resolution=28, channels=1)
+    items = [data[i] for i in range(len(data))]
+    return torch.stack([i["pixel_values"] for i in items]), torch.tensor([i["label"] for i in items])
+
+
+def test_shipped_classifier_reads_held_out_digits(classifier, digits):
+    images, labels = digits
+    with torch.no_grad():
+        accuracy = (classifier(images).argmax(1) == labels).float().mean()
+    assert accuracy >= 0.97
+    assert labels.bincount().tolist() == [100] * 10
+
+
+def test_features_are_the_input_of_the_head(classifier, digits):
+    features = extract_features(digits[0][:10], classifier.features, batch_size=3)
+    with torch.no_grad():
+        torch.testing.assert_close(classifier.head(features), classifier(digits[0][:10]))
+
+
+def test_refuses_images_of_another_size(classifier):
+    with pytest.raises(ValueError, match=r"`images` must have the shape \(batch, \(1, 28, 28\)\), got \(1, 1, 32, 32\)"):
+        classifier.features(torch.zeros(1, 1, 32, 32))
+    with pytest.raises(ValueError, match="`images` must hold at least one image"):
+        extract_features(torch.zeros(0, 1, 28, 28), classifier.features)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is not None, reason="torch-fidelity is installed")
+def test_inception_says_what_to_install():
+    with pytest.raises(ImportError, match=r"pip install diffusers-ext\[metrics\]"):
+        inception_features()
