@@ -113,8 +113,13 @@ class Evaluate(Callback):
         return frechet_distance(torch.cat(features), self.reference)
 
 
-def write_data(data, path):
-    """Writes the training images; returns nothing: every worker reads the file."""
+def training_file(data):
+    return ROOT / "runs" / "data" / ("digits8.npz" if data == "digits8" else "digits4k.npz")
+
+
+def write_data(data):
+    """Writes the training images where they are missing; every worker reads the file."""
+    path = training_file(data)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file():
         return
@@ -150,7 +155,7 @@ def _stack(source):
 def train_one(data, objective, variant, seed):
     torch.set_num_threads(1)
     settings = SETTINGS[data]
-    file = ROOT / "runs" / "data" / ("digits8.npz" if data == "digits8" else "digits4k.npz")
+    file = training_file(data)
     folder = ROOT / "runs" / "immiscible" / f"{data}-{objective}" / f"{variant}-{seed}"
     curve = folder / "curve.json"
     folder.mkdir(parents=True, exist_ok=True)
@@ -218,9 +223,7 @@ def summarise(curves, data, objective):
             add(f"fd_nfe{n}_{variant}", [curve[steps][n] for curve in by_seed], "Frechet distance")
         if variant == "gaussian":
             plain = [curve[steps][nfe] for curve in by_seed]
-            first = [
-                min(int(s) for s in curve if curve[s][nfe] <= p) for curve, p in zip(by_seed, plain, strict=True)
-            ]
+            first = [min(int(s) for s in curve if curve[s][nfe] <= p) for curve, p in zip(by_seed, plain, strict=True)]
             add("first_step_at_or_below_final_gaussian", first, "steps")
             continue
         add(f"fd_ratio_nfe{nfe}_{variant}", [c[steps][nfe] / p for c, p in zip(by_seed, plain, strict=True)], "ratio")
@@ -262,7 +265,7 @@ def main():
     parser.add_argument("--objective", choices=sorted(NFES), required=True)
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
-    write_data(args.data, ROOT / "runs" / "data" / f"{'digits8' if args.data == 'digits8' else 'digits5k'}.npz")
+    write_data(args.data)
     start = time.perf_counter()
     curves = {variant: [None] * len(SEEDS) for variant in VARIANTS}
     context = multiprocessing.get_context("spawn")

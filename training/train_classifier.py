@@ -1,6 +1,9 @@
 """Trains the small classifier whose features measure generated images.
 
-python training/train_classifier.py --train_data runs/data/digits4k.npz --test_data diffusers_ext/assets/digits/digits.npz
+    python training/train_classifier.py --train_data runs/data/digits4k.npz \\
+        --test_data diffusers_ext/assets/digits/digits.npz
+
+`training/data/make_digits.py` writes the training data.
 """
 
 import argparse
@@ -43,7 +46,9 @@ def main() -> None:
     )
     model = ImageClassifierFeatures(sample_size=args.size)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.epochs * len(loader))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.learning_rate, total_steps=args.epochs * len(loader)
+    )
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     for _ in tqdm(range(args.epochs), unit="epoch"):
         model.train()

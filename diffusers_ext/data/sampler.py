@@ -19,6 +19,21 @@ from diffusers_ext.training.rng import PERMUTATION, SAMPLE, mix
 __all__ = ["PositionalBatchSampler", "SeededDataset", "StreamingBatches"]
 
 
+def _check(batch_size: int, rank: int, world: int, start: int, accumulation: int) -> int:
+    """Checks the arguments that say which part of the order is whose; returns the samples of one update."""
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("world", world, 1),
+        ("accumulation", accumulation, 1),
+        ("start", start, 0),
+    ):
+        if value < least:
+            raise ValueError(f"`{name}` must be an integer >= {least}, got {value!r}.")
+    if not 0 <= rank < world:
+        raise ValueError(f"`rank` must be in 0..{world - 1}, got {rank!r}.")
+    return batch_size * world * accumulation
+
+
 class PositionalBatchSampler(Sampler[list[tuple[int, int]]]):
     """Yields the batches of one process as lists of `(epoch, index)`, from any micro-step on.
 
@@ -36,7 +51,7 @@ class PositionalBatchSampler(Sampler[list[tuple[int, int]]]):
         accumulation: micro-steps per update.
 
     Raises:
-        ValueError: one update needs more samples than there are.
+        ValueError: one update needs more samples than there are, or an argument is out of its range.
 
     Example:
         >>> from diffusers_ext import PositionalBatchSampler
@@ -58,7 +73,7 @@ class PositionalBatchSampler(Sampler[list[tuple[int, int]]]):
         total: int | None = None,
         accumulation: int = 1,
     ) -> None:
-        effective = batch_size * world * accumulation
+        effective = _check(batch_size, rank, world, start, accumulation)
         if n < effective:
             raise ValueError(
                 f"`n` must be at least the samples of one update, batch size {batch_size} x {world} processes x "
@@ -121,7 +136,7 @@ class StreamingBatches(IterableDataset[Any]):
     grows with the position, unlike that of a map-style data set.
 
     Args:
-        stream: offers `epoch(seed)`, an iterable over undecoded rows, and `decode(row, generator)`.
+        stream: offers `epoch(seed, buffer_size)`, an iterable over undecoded rows, and `decode(row, generator)`.
         batch_size: samples per process and micro-step.
         rank: index of this process.
         world: number of processes.
@@ -129,9 +144,11 @@ class StreamingBatches(IterableDataset[Any]):
         start: first micro-step.
         total: micro-step to stop before.
         accumulation: micro-steps per update; samples that do not fill an update are dropped at an epoch's end.
+        buffer_size: how many undecoded rows the shuffling draws from; a larger one mixes better and takes more memory.
 
     Raises:
-        ValueError: the stream ends before the first update is full; more than one worker reads it.
+        ValueError: the stream ends before the first update is full, more than one worker reads it, or an argument is
+            out of its range.
     """
 
     def __init__(
@@ -144,7 +161,12 @@ class StreamingBatches(IterableDataset[Any]):
         start: int = 0,
         total: int | None = None,
         accumulation: int = 1,
+        buffer_size: int = 1000,
     ) -> None:
+        self._effective = _check(batch_size, rank, world, start, accumulation)
+        if buffer_size < 1:
+            raise ValueError(f"`buffer_size` must be an integer >= 1, got {buffer_size!r}.")
+        self.buffer_size = buffer_size
         self.stream, self.batch_size, self.rank, self.world = stream, batch_size, rank, world
         self.seed, self.start, self.total, self.accumulation = seed, start, total, accumulation
 
@@ -153,14 +175,13 @@ class StreamingBatches(IterableDataset[Any]):
         worker = torch.utils.data.get_worker_info()
         if worker is not None and worker.num_workers > 1:
             raise ValueError(f"`dataloader_num_workers` must be 0 or 1 for a stream, got {worker.num_workers}.")
-        effective = self.batch_size * self.world * self.accumulation
         micro_step, epoch = 0, 0
         while self.total is None or micro_step < self.total:
             update: list[Any] = []
             before = micro_step
-            for row in self.stream.epoch(mix(self.seed, PERMUTATION, epoch)):
+            for row in self.stream.epoch(mix(self.seed, PERMUTATION, epoch), self.buffer_size):
                 update.append(row)
-                if len(update) < effective:
+                if len(update) < self._effective:
                     continue
                 for within in range(self.accumulation):
                     if self.start <= micro_step and (self.total is None or micro_step < self.total):
@@ -172,7 +193,7 @@ class StreamingBatches(IterableDataset[Any]):
             if micro_step == before:
                 raise ValueError(
                     f"`train_batch_size` must leave an update of at most the stream's {len(update)} samples, got "
-                    f"{self.batch_size} x {self.world} processes x {self.accumulation} = {effective}."
+                    f"{self.batch_size} x {self.world} processes x {self.accumulation} = {self._effective}."
                 )
             epoch += 1
 
@@ -181,9 +202,7 @@ class StreamingBatches(IterableDataset[Any]):
         start = micro_step // self.accumulation * len(update)
         return default_collate(
             [
-                self.stream.decode(
-                    update[i], torch.Generator().manual_seed(mix(self.seed, SAMPLE, epoch, start + i))
-                )
+                self.stream.decode(update[i], torch.Generator().manual_seed(mix(self.seed, SAMPLE, epoch, start + i)))
                 for i in range(first, first + self.batch_size)
             ]
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ __all__ = ["ImageDataset", "ImageStream", "load_images"]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SHUFFLE_BUFFER = 1000
-# Decoded images are kept when all of them together take at most this many bytes.
+# Each process keeps decoded images until they take this many bytes.
 CACHE_BYTES = 256 * 2**20
 
 
@@ -60,12 +61,26 @@ class _Images:
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if image.mode.startswith(("I", "F")):
+            # Pillow would clip 16 bits at 255, which turns nearly all of an image white.
+            values = np.asarray(image)
+            if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+                raise ValueError(f"pixels of mode {image.mode!r} have no known range")
+            image = Image.fromarray(np.round(values / 257).astype(np.uint8))
         image = image.convert("L" if self.channels == 1 else "RGB")
         if min(image.size) == self.resolution:
             return image
         scale = self.resolution / min(image.size)
         size = [max(self.resolution, round(side * scale)) for side in image.size]
         return image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
+
+    def _pixels(self, row: dict[str, Any], name: str) -> np.ndarray:
+        """Decodes a row's image to `(height, width, channels)` uint8, its shorter side at the resolution."""
+        try:
+            pixels = np.asarray(self._resized(_decoded(row[self.image_column])))
+        except Exception as error:  # Pillow raises many kinds
+            raise ValueError(f"image {name} cannot be read: {error}") from error
+        return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
     def _augmented(self, pixels: np.ndarray, generator: torch.Generator | None) -> torch.Tensor:
         """Crops and flips `(height, width, channels)` uint8 pixels and scales them to [-1, 1]."""
@@ -89,16 +104,19 @@ class _Images:
         return item
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
-    array = np.asarray(image)
-    return array if array.ndim == 3 else array[:, :, None]
+def _decoded(value: Any) -> Image.Image:
+    """Decodes an array, or what `datasets.Image(decode=False)` gives, and turns it upright by its EXIF tag."""
+    if isinstance(value, np.ndarray):
+        return Image.fromarray(value)
+    import datasets
+
+    if value is None:
+        raise ValueError("the row has none")
+    return datasets.Image().decode_example(value)
 
 
-def _opened(value: Any) -> Image.Image:
-    """Opens what `datasets.Image(decode=False)` gives: bytes, or a path."""
-    if value.get("bytes") is not None:
-        return Image.open(io.BytesIO(value["bytes"]))
-    return Image.open(value["path"])
+def _name(value: Any, otherwise: str) -> str:
+    return repr(value["path"]) if isinstance(value, dict) and value.get("path") else otherwise
 
 
 class ImageDataset(_Images):
@@ -122,6 +140,11 @@ class ImageDataset(_Images):
         """Returns the number of images."""
         return len(self._rows)
 
+    @property
+    def num_rows(self) -> int:
+        """Number of images."""
+        return len(self)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns `get(index)`; raises `IndexError` past the end, so that iteration ends."""
         if not 0 <= index < len(self):
@@ -144,12 +167,7 @@ class ImageDataset(_Images):
         """
         if index not in self._cache:
             row = self._rows[index]
-            try:
-                image = row[self.image_column]
-                image = _opened(image) if isinstance(image, dict) else Image.fromarray(image)
-                pixels = _pixels(self._resized(image))
-            except (OSError, ValueError, SyntaxError) as error:
-                raise ValueError(f"image {self._name(index)} cannot be read: {error}") from error
+            pixels = self._pixels(row, _name(row[self.image_column], str(index)))
             kept = {column: row[column] for column in (self.label_column, self.caption_column) if column is not None}
             if self._cached_bytes + pixels.nbytes > CACHE_BYTES:
                 return self._item(pixels, kept, generator)
@@ -159,45 +177,48 @@ class ImageDataset(_Images):
         return self._item(pixels, row, generator)
 
     def verify(self) -> None:
-        """Checks that every image opens.
+        """Checks every image's file as far as Pillow can without decoding it.
+
+        That finds what is missing, no image, or a damaged PNG; a JPEG that ends early shows when it is decoded.
 
         Raises:
-            ValueError: some do not; the first ten are named.
+            ValueError: some are bad; all of them are named.
         """
         bad = []
         for index in tqdm(range(len(self)), desc="checking images", unit="image", delay=2):
             value = self._rows[index][self.image_column]
-            if not isinstance(value, dict):
+            if isinstance(value, np.ndarray):
                 return  # arrays were checked as a whole
             try:
-                with _opened(value) as image:
+                if value is None:
+                    raise ValueError("the row has none")
+                source = value["path"] if value.get("bytes") is None else io.BytesIO(value["bytes"])
+                with Image.open(source) as image:
                     image.verify()
             except Exception as error:  # Pillow raises many kinds
-                bad.append(f"{self._name(index)} ({error})")
+                bad.append(f"{_name(value, str(index))} ({error})")
         if bad:
-            raise ValueError(f"{len(bad)} of {len(self)} images cannot be read: {', '.join(bad[:10])}.")
-
-    def _name(self, index: int) -> str:
-        value = self._rows[index][self.image_column]
-        return repr(value["path"]) if isinstance(value, dict) and value.get("path") else str(index)
+            raise ValueError(f"{len(bad)} of {len(self)} images cannot be read: {', '.join(bad)}.")
 
 
 class ImageStream(_Images):
     """Images in the order of a stream; made by `load_images(streaming=True)`."""
 
     streaming = True
+    num_rows = None  # known only at its end
 
     def __init__(self, rows: Any, **options: Any) -> None:
         super().__init__(**options)
         self._rows = rows
 
-    def epoch(self, seed: int) -> Iterator[dict[str, Any]]:
-        """Yields undecoded rows, shuffled through a buffer of 1,000."""
-        yield from self._rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+    def epoch(self, seed: int, buffer_size: int = SHUFFLE_BUFFER) -> Iterator[dict[str, Any]]:
+        """Yields undecoded rows, shuffled through a buffer of `buffer_size`."""
+        yield from self._rows.shuffle(seed=seed, buffer_size=buffer_size)
 
     def decode(self, row: dict[str, Any], generator: torch.Generator | None = None) -> dict[str, Any]:
         """Returns a row's sample; see `ImageDataset.get`."""
-        return self._item(_pixels(self._resized(_opened(row[self.image_column]))), row, generator)
+        name = _name(row[self.image_column], "without a file name")
+        return self._item(self._pixels(row, name), row, generator)
 
 
 class _Arrays:
@@ -228,25 +249,28 @@ def load_images(
     channels: int = 3,
     streaming: bool = False,
     max_train_samples: int | None = None,
+    cache_dir: str | None = None,
 ) -> ImageDataset | ImageStream:
     """Loads images for training.
 
     Args:
         dataset_name: data set on the Hub.
-        train_data_dir: instead of it, a folder of images (with class subfolders or `metadata.jsonl`), a data set saved
-            by `save_to_disk`, parquet (a file or a folder), or `.npz`/`.npy`: arrays `images`
-            `(n, height, width[, channels])`, uint8 or floats in `[0, 1]`, and `labels` `(n,)`.
+        train_data_dir: instead of it, a folder of images (with class subfolders, `metadata.jsonl` or `metadata.csv`),
+            a data set saved by `save_to_disk`, parquet (a file or a folder), or `.npz`/`.npy`: arrays `images`
+            `(n, height, width[, channels])`, uint8 or floats in `[0, 1]`, and `labels` `(n,)`; their columns are
+            called `image` and `label`.
         dataset_config_name: the Hub data set's configuration.
-        split: which split to read.
+        split: which split to read; files say it by their names, as `datasets` reads them. NumPy files have none.
         image_column: column of images.
         label_column: column of class labels; by default `label` or `labels` where the data declares it as classes.
-        caption_column: column of captions.
+        caption_column: column of captions, one string an image.
         resolution: the shorter side is resized to it, then a square is cropped.
         center_crop: crop the centre; by default a random place.
         random_flip: mirror half of the images.
         channels: 1 for grey, 3 for colour; images are converted, transparency is put on white.
         streaming: read in order instead of by index.
         max_train_samples: use only the first so many.
+        cache_dir: where `datasets` keeps what it prepares, by default its own place.
 
     Returns:
         A map-style data set, or a stream.
@@ -270,7 +294,7 @@ def load_images(
         raise ValueError(f"`resolution` must be an integer >= 1, got {resolution!r}.")
     if channels not in (1, 3):
         raise ValueError(f"`channels` must be 1 or 3, got {channels!r}.")
-    if max_train_samples is not None and max_train_samples < 1:
+    if max_train_samples is not None and (not isinstance(max_train_samples, int) or max_train_samples < 1):
         raise ValueError(f"`max_train_samples` must be an integer >= 1 or left out, got {max_train_samples!r}.")
     path = Path(train_data_dir) if train_data_dir is not None else None
     if path is not None and not path.exists():
@@ -293,11 +317,12 @@ def load_images(
             label_column = label_column or "label"
             classes = [str(i) for i in range(int(columns["label"].max()) + 1)]
     else:
-        rows, names, label_column, classes = _rows(
-            dataset_name, path, dataset_config_name, split, image_column, label_column, streaming
-        )
+        rows = _read(dataset_name, path, dataset_config_name, split, streaming, cache_dir)
+        rows, names, label_column, classes = _columns(rows, image_column, label_column, caption_column)
         if max_train_samples is not None:
             rows = rows.take(max_train_samples) if streaming else rows.select(range(min(max_train_samples, len(rows))))
+    if not streaming and len(rows) == 0:
+        raise ValueError(f"`split` must hold images, got {split!r} of {dataset_name or train_data_dir!r} with none.")
     count = "a stream of" if streaming else f"{len(rows):,}"
     options |= {
         "column_names": names,
@@ -309,8 +334,13 @@ def load_images(
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
-    loaded = np.load(path, allow_pickle=False)
-    arrays = {"images": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        arrays = {"images": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"`train_data_dir` must be a NumPy file of plain arrays (no pickled objects), got {str(path)!r}."
+        ) from error
     if "images" not in arrays:
         raise ValueError(f"`train_data_dir` must hold an array 'images', got {str(path)!r} with {sorted(arrays)}.")
     images = arrays["images"]
@@ -322,7 +352,8 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     if images.dtype.kind == "f":
         if not (np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1):
             raise ValueError(
-                f"`images` as floats must be finite and lie in [0, 1], got a range from {images.min()} to {images.max()}."
+                "`images` as floats must be finite and lie in [0, 1], got a range from "
+                f"{images.min()} to {images.max()}."
             )
         images = np.round(images * 255).astype(np.uint8)
     elif images.dtype != np.uint8:
@@ -338,49 +369,75 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     return columns
 
 
-def _rows(
+def _read(
     dataset_name: str | None,
     path: Path | None,
     config_name: str | None,
     split: str,
-    image_column: str,
-    label_column: str | None,
     streaming: bool,
+    cache_dir: str | None,
+) -> Any:
+    """Opens a split with `datasets`."""
+    import datasets
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    options: dict[str, Any] = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
+    if path is None:
+        return datasets.load_dataset(str(dataset_name), config_name, **options)
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        saved: Any = datasets.load_from_disk(str(path))
+        if isinstance(saved, datasets.DatasetDict):
+            if split not in saved:
+                raise ValueError(f"`split` must be one of {sorted(saved)}, got {split!r}.")
+            saved = saved[split]
+        return saved.to_iterable_dataset() if streaming else saved
+    if path.suffix == ".parquet":
+        return datasets.load_dataset("parquet", data_files=str(path), **options)
+    # A folder of images may describe them in a parquet file of that name.
+    if any(p.name != "metadata.parquet" for p in path.rglob("*.parquet")):
+        # Sorted into splits by name as on the Hub, whatever else lies in the folder.
+        files = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
+        return datasets.load_dataset("parquet", data_files=files.filter(extensions=[".parquet"]), **options)
+    if not any(p.suffix.lower() in SUFFIXES and not p.name.startswith(".") for p in path.rglob("*")):
+        raise ValueError(f"`train_data_dir` must hold images ({', '.join(sorted(SUFFIXES))}), got {str(path)!r}.")
+    return datasets.load_dataset("imagefolder", data_dir=str(path), **options)
+
+
+def _columns(
+    rows: Any, image_column: str, label_column: str | None, caption_column: str | None
 ) -> tuple[Any, list[str], str | None, list[str] | None]:
-    """Reads with `datasets`; returns the rows with undecoded images, columns, label column and class names."""
+    """Checks the columns' types; returns the rows with undecoded images, columns, label column and class names."""
     import datasets
 
-    if path is None:
-        rows: Any = datasets.load_dataset(str(dataset_name), config_name, split=split, streaming=streaming)
-    elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        rows = datasets.load_from_disk(str(path))
-        rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
-        rows = rows.to_iterable_dataset() if streaming else rows
-    else:
-        parquet = [path] if path.suffix == ".parquet" else sorted(path.rglob("*.parquet"))
-        if parquet:
-            files = [str(p) for p in parquet]
-            rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
-        else:
-            if not path.is_dir() or not any(p.suffix.lower() in SUFFIXES for p in path.rglob("*")):
-                raise ValueError(f"`train_data_dir` must hold images ({', '.join(sorted(SUFFIXES))}), got {str(path)!r}.")
-            rows = datasets.load_dataset("imagefolder", data_dir=str(path), split=split, streaming=streaming)
     features = rows.features or rows._resolve_features().features
-    names = list(features)
     if image_column in features:
+        feature = features[image_column]
+        # Parquet that another program wrote has the bare struct, bytes or paths.
+        encoded = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
+        plain = isinstance(feature, datasets.Value) and feature.dtype.removeprefix("large_") in ("binary", "string")
+        if not (isinstance(feature, datasets.Image) or encoded or plain):
+            raise ValueError(f"`image_column` must hold images, got {image_column!r} of type {_type(feature)}.")
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    if caption_column in features and _type(features[caption_column]).removeprefix("large_") != "string":
+        raise ValueError(
+            f"`caption_column` must hold strings, got {caption_column!r} of type {_type(features[caption_column])}."
+        )
     if label_column is None:
         label_column = next((n for n in ("label", "labels") if isinstance(features.get(n), datasets.ClassLabel)), None)
     classes = None
-    if label_column in features:
+    if label_column is not None and label_column in features:
         feature = features[label_column]
         if isinstance(feature, datasets.ClassLabel):
             classes = list(feature.names)
-        elif not streaming and str(feature.dtype).startswith(("int", "uint")):
+        elif isinstance(rows, datasets.Dataset) and _type(feature).startswith(("int", "uint")):
             classes = [str(i) for i in range(max(rows[label_column]) + 1)]
         else:
             raise ValueError(
-                f"`label_column` must hold class labels (integers, or declared as ClassLabel), got {label_column!r} of "
-                f"type {getattr(feature, 'dtype', feature)}."
+                "`label_column` must hold class labels (declared as ClassLabel, or integers where the data is not "
+                f"streamed), got {label_column!r} of type {_type(feature)}."
             )
-    return rows, names, label_column, classes
+    return rows, list(features), label_column, classes
+
+
+def _type(feature: Any) -> str:
+    return str(getattr(feature, "dtype", feature))

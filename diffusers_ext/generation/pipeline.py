@@ -36,7 +36,7 @@ class ImageGenerationPipeline(SafePipeline):
         >>> from diffusers import DDIMScheduler, UNet2DModel
         >>> from diffusers_ext import ImageGenerationPipeline
         >>> unet = UNet2DModel(
-        ...     sample_size=8, in_channels=1, out_channels=1, block_out_channels=(4, 4), norm_num_groups=2,
+        ...     sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=2,
         ...     down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
         ... )
         >>> pipeline = ImageGenerationPipeline(unet, DDIMScheduler())
@@ -105,14 +105,16 @@ class ImageGenerationPipeline(SafePipeline):
         if conditional and class_labels is None:
             raise ValueError("`class_labels` must be given: this model is class-conditional.")
         if not conditional and class_labels is not None:
-            raise ValueError(f"`class_labels` must be left out: this model has no classes, got {class_labels.tolist()}.")
+            raise ValueError(
+                f"`class_labels` must be left out: this model has no classes, got {class_labels.tolist()}."
+            )
         if class_labels is not None:
             if class_labels.ndim != 1 or class_labels.is_floating_point() or len(class_labels) == 0:
                 raise ValueError(
                     "`class_labels` must be an int, a list of ints or a 1-D integer tensor, got "
                     f"{class_labels.dtype} of shape {tuple(class_labels.shape)}."
                 )
-            if classes is not None and not (0 <= int(class_labels.min()) and int(class_labels.max()) < classes):
+            if classes is not None and not (int(class_labels.min()) >= 0 and int(class_labels.max()) < classes):
                 raise ValueError(f"`class_labels` must lie in 0..{classes - 1}, got {class_labels.tolist()}.")
             if batch_size not in (None, len(class_labels)) and len(class_labels) > 1:
                 raise ValueError(
@@ -207,7 +209,9 @@ class ImageGenerationPipeline(SafePipeline):
         timesteps = self._set_timesteps(num_inference_steps, sigmas, device)
         self._num_timesteps = len(timesteps)
         if latents is None:
-            latents = randn_tensor((batch_size, *self._latent_shape()), generator=generator, device=device, dtype=dtype)
+            latents = randn_tensor(
+                (batch_size, *self._latent_shape()), generator=generator, device=device, dtype=dtype
+            )
         latents = latents.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         step_arguments = self._step_arguments(eta, generator)
 

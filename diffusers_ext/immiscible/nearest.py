@@ -37,7 +37,10 @@ def knn_select(x: torch.Tensor, candidates: torch.Tensor, score: Score = "l2") -
         A tensor of `x`'s shape and the candidates' dtype.
 
     Raises:
-        ValueError: shapes do not fit, or `score` is unknown.
+        ValueError: shapes do not fit, `x` is not finite, or `score` is unknown.
+
+    Reference:
+        Li et al., "Improved Immiscible Diffusion", arXiv 2505.18521, section 3.2.
 
     Example:
         >>> import torch
@@ -45,7 +48,7 @@ def knn_select(x: torch.Tensor, candidates: torch.Tensor, score: Score = "l2") -
         tensor([[0.5000, 0.1000]])
     """
     check_choice("score", score, ("l2", "inner"))
-    check_batch(x)
+    check_batch(x, name="x")
     if candidates.ndim != x.ndim + 1 or candidates[:, 0].shape != x.shape:
         raise ValueError(
             f"`candidates` must have the shape (batch, k, ...) for `x` of {tuple(x.shape)}, got "
@@ -59,9 +62,7 @@ def knn_select(x: torch.Tensor, candidates: torch.Tensor, score: Score = "l2") -
 
 
 @torch.no_grad()
-def knn_sample(
-    x: torch.Tensor, k: int, score: Score = "l2", generator: torch.Generator | None = None
-) -> torch.Tensor:
+def knn_sample(x: torch.Tensor, k: int, score: Score = "l2", generator: torch.Generator | None = None) -> torch.Tensor:
     """Draws, for each sample, a normal vector distributed as the best of `k` candidates, without making them.
 
     Args:
@@ -76,6 +77,9 @@ def knn_sample(
     Raises:
         ValueError: `k` is not an integer >= 1, `score` is unknown or `x` is not finite.
 
+    Reference:
+        Li et al., "Improved Immiscible Diffusion", arXiv 2505.18521, section 3.2; the exact sampler is ours.
+
     Example:
         >>> import torch
         >>> x = torch.full((4, 3), 2.0)
@@ -85,7 +89,7 @@ def knn_sample(
     """
     check_count("k", k)
     check_choice("score", score, ("l2", "inner"))
-    check_batch(x)
+    check_batch(x, name="x")
     return _combine(x, *_draw(x, k, score, generator), score)
 
 
@@ -106,22 +110,20 @@ def _draw(
 def _combine(
     x: torch.Tensor, vector: torch.Tensor, along: torch.Tensor, across: torch.Tensor, score: Score
 ) -> torch.Tensor:
-    """Makes the best candidate's vector out of `_draw`'s numbers."""
+    """Makes the best candidate out of `_draw`'s numbers, in the memory of `vector`."""
     flat = x.flatten(1).float()
     norm = flat.norm(dim=1, keepdim=True)
-    unit = flat / norm.clamp(min=torch.finfo(torch.float32).tiny)
-    unit[:, 0] += norm[:, 0] == 0  # any direction will do for a sample at the origin
+    inverse = torch.where(norm > 0, 1 / norm, 0)
     best = along.argmax(1) if score == "inner" else (along**2 - 2 * norm * along + across).argmin(1)
     z, q = along.gather(1, best[:, None]), across.gather(1, best[:, None])
-    present = (vector * unit).sum(1, keepdim=True)
-    if score == "inner":
-        z = torch.where(norm > 0, z, present)  # at the origin every inner product is 0: no choice
-    if score == "inner" or flat.shape[1] == 1:
-        # The perpendicular part of the one vector has the right law already.
-        return (vector + (z - present) * unit).view(x.shape)
-    perpendicular = vector - present * unit
-    scale = q.sqrt() / perpendicular.norm(dim=1, keepdim=True)
-    return torch.addcmul(z * unit, scale, perpendicular).view(x.shape)
+    present = (vector * flat).sum(1, keepdim=True) * inverse
+    if score == "inner":  # what lies across x has the right law already
+        return vector.addcmul_(flat, (z - present) * inverse).view(x.shape)
+    # At the origin there is no direction to take out: the whole vector gets the best candidate's length.
+    length = torch.where(norm > 0, q, q + z**2).sqrt()
+    vector.addcmul_(flat, -present * inverse)
+    vector.mul_(length / vector.norm(dim=1, keepdim=True).clamp(min=1e-30))  # one dimension leaves no length
+    return vector.addcmul_(flat, z * inverse).view(x.shape)
 
 
 class NearestNoise:
@@ -208,8 +210,8 @@ class NearestNoise:
         assert self.pool is not None
         if x.ndim < 4 or x.shape[-1] % self.pool or x.shape[-2] % self.pool:
             raise ValueError(
-                f"`pool` must divide height and width of x0 (batch, channels, ..., height, width), got {self.pool} for "
-                f"{tuple(x.shape)}."
+                f"`pool` must divide height and width of `x0` (batch, channels, ..., height, width), got {self.pool} "
+                f"for {tuple(x.shape)}."
             )
         pooled = F.avg_pool2d(x.flatten(0, -4), self.pool)
         return pooled.view(*x.shape[:-2], *pooled.shape[-2:])
@@ -227,4 +229,5 @@ class NearestNoise:
             ]
             return knn_select(x, torch.cat(drawn), self.score)
         parts = [_draw(r, self.k, self.score, g) for r, g in zip(rows, generators, strict=True)]
-        return _combine(x, *(torch.cat(part) for part in zip(*parts, strict=True)), self.score)
+        vector, along, across = (torch.cat(part) for part in zip(*parts, strict=True))
+        return _combine(x, vector, along, across, self.score)

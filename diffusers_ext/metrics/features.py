@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -66,8 +66,8 @@ class ImageClassifierFeatures(ModelMixin, ConfigMixin):
         Raises:
             ValueError: the images have another shape.
         """
-        config = self.config
-        expected = (config.in_channels, config.sample_size, config.sample_size)
+        size = self.config["sample_size"]
+        expected = (self.config["in_channels"], size, size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(f"`images` must have the shape (batch, {expected}), got {tuple(images.shape)}.")
         return self.body(images)
@@ -79,35 +79,57 @@ class ImageClassifierFeatures(ModelMixin, ConfigMixin):
 
 @torch.no_grad()
 def extract_features(
-    images: torch.Tensor, features: Callable[[torch.Tensor], torch.Tensor], batch_size: int = 256
+    images: torch.Tensor | Iterable[torch.Tensor],
+    features: Callable[[torch.Tensor], torch.Tensor],
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
 ) -> torch.Tensor:
     """Computes features batch by batch.
 
     Args:
-        images: `(samples, channels, height, width)` in `[-1, 1]`.
-        features: function from such images to `(batch, features)`.
-        batch_size: images at a time.
+        images: `(samples, channels, height, width)` in `[-1, 1]`, or an iterable over batches of that shape.
+        features: function from such images to `(batch, features)`. A network must be in evaluation mode.
+        batch_size: images at a time; the batches of an iterable are taken as they are.
+        device: where the images are brought before `features` sees them, by default they stay where they are.
 
     Returns:
         `(samples, features)` on the CPU.
 
     Raises:
-        ValueError: there are no images.
+        ValueError: there are no images, a batch has another shape, or `batch_size` is less than 1.
+
+    Example:
+        >>> import torch
+        >>> from diffusers_ext import extract_features
+        >>> images = torch.zeros(5, 1, 4, 4)
+        >>> extract_features(images, lambda batch: batch.flatten(1), batch_size=2).shape
+        torch.Size([5, 16])
     """
-    if len(images) == 0:
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be an integer >= 1, got {batch_size!r}.")
+    found = []
+    for batch in images.split(batch_size) if isinstance(images, torch.Tensor) else images:
+        if batch.ndim != 4:
+            raise ValueError(
+                f"`images` must have the shape (batch, channels, height, width), got {tuple(batch.shape)}."
+            )
+        if len(batch):
+            found.append(features(batch.to(device)).cpu())
+    if not found:
         raise ValueError("`images` must hold at least one image, got none.")
-    return torch.cat([features(batch).cpu() for batch in images.split(batch_size)])
+    return torch.cat(found)
 
 
-def inception_features(device: torch.device | str = "cpu") -> Callable[[torch.Tensor], torch.Tensor]:
+def inception_features(device: torch.device | str | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
     """Returns the Inception-v3 features of FID and KID, by torch-fidelity.
 
     Args:
-        device: where it runs.
+        device: where it runs, by default on the CPU.
 
     Returns:
         A function from `(batch, 1 or 3, height, width)` images in `[-1, 1]` to `(batch, 2048)` features; images are
-        quantised to 8 bits and resized to 299x299 as the original FID code does.
+        quantised to 8 bits and resized to 299x299 as the original FID code does. It raises a `ValueError` for images
+        of another shape.
 
     Raises:
         ImportError: torch-fidelity is not installed. It downloads its weights when it is used first.
@@ -118,10 +140,15 @@ def inception_features(device: torch.device | str = "cpu") -> Callable[[torch.Te
         )
     except ImportError as error:
         raise ImportError("Inception features need torch-fidelity: pip install diffusers-ext[metrics]") from error
+    device = "cpu" if device is None else device
     network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()
 
     @torch.no_grad()
     def features(images: torch.Tensor) -> torch.Tensor:
+        if images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(
+                f"`images` must have the shape (batch, 1 or 3, height, width), got {tuple(images.shape)}."
+            )
         pixels = ((images.to(device) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return network(pixels.expand(-1, 3, -1, -1))[0]
 

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image as ImageFeature, Value, load_dataset
+from datasets import Dataset, Features, Value, load_dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -55,7 +56,9 @@ def test_all_sources_agree(sources, arrays, name):
 
 
 @pytest.mark.parametrize("name", ["folder", "saved", "parquet"])
-def test_streams_give_the_same_samples_at_any_world_size_and_start(sources, name):
+def test_streams_give_the_same_samples_at_any_world_size_and_start(sources, name, monkeypatch):
+    # `datasets` sleeps this long whenever a parquet stream ends.
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     stream = load_images(train_data_dir=str(sources / name), resolution=8, streaming=True, random_flip=True)
 
     def read(**kwargs):
@@ -123,7 +126,10 @@ def test_integer_labels_become_classes(tmp_path, arrays):
         ({"train_data_dir": None}, "exactly one of `dataset_name` and `train_data_dir`"),
         ({"dataset_name": "a/b"}, "exactly one of `dataset_name` and `train_data_dir`"),
         ({"train_data_dir": "/nowhere"}, "`train_data_dir` must be an existing folder or file, got '/nowhere'"),
-        ({"image_column": "picture"}, r"`image_column` must be one of the columns \['image', 'label'\], got 'picture'"),
+        (
+            {"image_column": "picture"},
+            r"`image_column` must be one of the columns \['image', 'label'\], got 'picture'",
+        ),
         ({"caption_column": "text"}, "`caption_column` must be one of the columns"),
         ({"resolution": 0}, "`resolution` must be an integer >= 1, got 0"),
         ({"channels": 4}, "`channels` must be 1 or 3, got 4"),

@@ -81,6 +81,22 @@ def test_a_sample_at_the_origin_gets_the_shortest():
     assert stats.kstest(shortest, "uniform").pvalue > 1e-3
 
 
+def test_the_origin_in_one_dimension_and_beside_other_samples():
+    # Rows at the origin take another path through the same formula; they must not disturb the rest of the batch.
+    x = torch.zeros(20000, 1)
+    smallest = knn_sample(x, 4, generator=torch.Generator().manual_seed(0)).abs().squeeze()
+    assert stats.kstest(1 - (1 - stats.halfnorm.cdf(smallest.numpy())) ** 4, "uniform").pvalue > 1e-3
+    x = torch.randn(6, 5)
+    alone = knn_sample(x, 4, generator=torch.Generator().manual_seed(0))
+    x[2] = 0
+    mixed = knn_sample(x, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(mixed[[0, 1, 3, 4, 5]], alone[[0, 1, 3, 4, 5]])
+    assert torch.equal(  # no inner product to choose by: plain noise
+        knn_sample(torch.zeros(3, 5), 4, "inner", torch.Generator().manual_seed(0)),
+        torch.randn(3, 5, generator=torch.Generator().manual_seed(0)),
+    )
+
+
 @pytest.mark.parametrize("method", ["fast", "candidates"])
 def test_one_candidate_is_plain_noise(method):
     x = torch.randn(4, 1, 4, 4)
@@ -118,9 +134,13 @@ def test_centre_is_what_the_inner_product_is_taken_from():
     assert noise[:, 0].mean().item() == pytest.approx(expected_maximum(8), abs=0.05)
 
 
-def test_keeps_dtype_and_has_no_history():
-    noise = NearestNoise()(torch.randn(3, 4, dtype=torch.float16, requires_grad=True), rng=begun())
-    assert noise.dtype == torch.float16
+@pytest.mark.parametrize("method", ["fast", "candidates"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_keeps_dtype_and_has_no_history(method, dtype):
+    x = torch.randn(3, 1, 4, 4)
+    noise = NearestNoise(method=method)(x.to(dtype).requires_grad_(), rng=begun())
+    assert noise.dtype == dtype
+    assert noise.shape == x.shape
     assert not noise.requires_grad
 
 
@@ -139,7 +159,17 @@ def test_refuses_bad_input():
         NearestNoise(center=1.0)
     with pytest.raises(ValueError, match="`pool` must divide height and width"):
         NearestNoise(pool=3)(torch.randn(1, 1, 4, 4), rng=begun())
+    with pytest.raises(ValueError, match="`pool` must be an integer >= 1, got 0"):
+        NearestNoise(pool=0)
+    with pytest.raises(ValueError, match=r"`labels` must have the shape \(2,\)"):
+        NearestNoise()(torch.randn(2, 3), rng=begun(), labels=torch.zeros(3))
     with pytest.raises(ValueError, match="`x0` must be finite"):
+        NearestNoise()(torch.full((2, 2), torch.nan), rng=begun())
+    with pytest.raises(ValueError, match="`x` must be finite"):
         knn_sample(torch.tensor([[math.inf, 0.0]]), 2)
+    with pytest.raises(ValueError, match="`k` must be an integer >= 1, got 0"):
+        knn_sample(torch.randn(2, 3), 0)
+    with pytest.raises(ValueError, match=r"`score` must be one of \['l2', 'inner'\], got 'l1'"):
+        knn_select(torch.randn(2, 3), torch.randn(2, 4, 3), "l1")
     with pytest.raises(ValueError, match="`candidates` must have the shape"):
         knn_select(torch.randn(2, 3), torch.randn(3, 4, 3))

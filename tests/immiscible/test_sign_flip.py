@@ -34,8 +34,17 @@ def test_centre():
     assert noise[:, 1].mean().abs() < 0.1
 
 
+def test_keeps_dtype_and_has_no_history():
+    x = torch.randn(4, 3, dtype=torch.bfloat16, requires_grad=True)
+    noise = SignFlipNoise()(x, rng=begun())
+    assert noise.dtype == torch.bfloat16
+    assert not noise.requires_grad
+
+
 def test_refuses_what_is_not_finite():
     with pytest.raises(ValueError, match="`x0` must be finite"):
         SignFlipNoise()(torch.full((2, 2), torch.inf), rng=begun())
     with pytest.raises(ValueError, match="`x0` must be a floating-point tensor"):
         SignFlipNoise()(torch.ones(2, 2, dtype=torch.int64), rng=begun())
+    with pytest.raises(ValueError, match=r"`labels` must have the shape \(2,\)"):
+        SignFlipNoise()(torch.ones(2, 2), rng=begun(), labels=torch.zeros(3))

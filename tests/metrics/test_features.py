@@ -36,7 +36,9 @@ def test_features_are_the_input_of_the_head(classifier, digits):
 
 
 def test_refuses_images_of_another_size(classifier):
-    with pytest.raises(ValueError, match=r"`images` must have the shape \(batch, \(1, 28, 28\)\), got \(1, 1, 32, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"`images` must have the shape \(batch, \(1, 28, 28\)\), got \(1, 1, 32, 32\)"
+    ):
         classifier.features(torch.zeros(1, 1, 32, 32))
     with pytest.raises(ValueError, match="`images` must hold at least one image"):
         extract_features(torch.zeros(0, 1, 28, 28), classifier.features)

@@ -42,9 +42,7 @@ def test_stop_by_signal_and_resume(data, tmp_path, uninterrupted, stop, workers)
     result, _, _ = run(data, tmp_path, callback=first, dataloader_num_workers=workers[0], **common)
     assert (result.steps, result.stopped_by) == (stop, "SIGTERM")
     assert not (tmp_path / "model_index.json").exists()
-    _, second, _ = run(
-        data, tmp_path, resume_from_checkpoint="latest", dataloader_num_workers=workers[1], **common
-    )
+    _, second, _ = run(data, tmp_path, resume_from_checkpoint="latest", dataloader_num_workers=workers[1], **common)
     assert_same(tmp_path, first.losses + second.losses, uninterrupted)
     logged = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert logged == list(range(1, STEPS + 1))
