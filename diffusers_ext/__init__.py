@@ -21,6 +21,7 @@ _PUBLIC = {
     "hub.card": ["RepoCard"],
     "hub.repo": ["push_repo", "save_repo"],
     "immiscible.assignment": ["AssignmentNoise", "assignment_permutation"],
+    "immiscible.distance": ["distance_cut"],
     "immiscible.nearest": ["NearestNoise", "knn_sample", "knn_select"],
     "immiscible.recipe": ["ImmiscibleConfig", "ImmiscibleRecipe"],
     "immiscible.sign_flip": ["SignFlipNoise"],

@@ -11,13 +11,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 
 from diffusers_ext.data.digits import CLASSIFIER, DIGITS
-from diffusers_ext.data.sources import load_images
+from diffusers_ext.data.sources import ImageDataset, load_images
 from diffusers_ext.generation.pipeline import ImageGenerationPipeline
 from diffusers_ext.immiscible.recipe import ImmiscibleConfig, ImmiscibleRecipe
 from diffusers_ext.metrics.features import ImageClassifierFeatures, extract_features
@@ -55,6 +56,7 @@ def image_generation(output_dir: Path) -> Path:
     pipeline = DiffusionPipeline.from_pretrained(MODEL)
     assert isinstance(pipeline, ImageGenerationPipeline)
     data = load_images(train_data_dir=str(DIGITS), resolution=28, channels=1)
+    assert isinstance(data, ImageDataset)
     real = torch.stack([data[i]["pixel_values"] for i in range(len(data))])
     classifier = ImageClassifierFeatures.from_pretrained(CLASSIFIER).eval()
     real_features = extract_features(real, classifier.features)
@@ -62,8 +64,8 @@ def image_generation(output_dir: Path) -> Path:
     samples = draw(pipeline, COUNT)
     distance = frechet_distance(extract_features(samples, classifier.features), real_features)
     torch.manual_seed(0)
-    untrained = type(pipeline.unet).from_config(pipeline.unet.config).eval()
-    noise = draw(ImageGenerationPipeline(untrained, pipeline.scheduler), COUNT)
+    untrained: Any = type(pipeline.unet).from_config(pipeline.unet.config)
+    noise = draw(ImageGenerationPipeline(untrained.eval(), pipeline.scheduler), COUNT)
     baseline = frechet_distance(extract_features(noise, classifier.features), real_features)
     print(f"Frechet distance to {len(real)} real digits: {distance:.1f}; of an untrained net: {baseline:.1f}")
 
@@ -107,8 +109,8 @@ def image_generation(output_dir: Path) -> Path:
 def draw(pipeline: ImageGenerationPipeline, count: int) -> torch.Tensor:
     """Returns `(count, channels, height, width)` samples in `[-1, 1]`."""
     generator = torch.Generator().manual_seed(0)
-    images = pipeline(count, num_inference_steps=STEPS, generator=generator, output_type="pt").images
-    return images * 2 - 1  # type: ignore[operator]
+    images: Any = pipeline(count, num_inference_steps=STEPS, generator=generator, output_type="pt", return_dict=False)
+    return images[0] * 2 - 1
 
 
 def grid(images: torch.Tensor) -> Image.Image:

@@ -1,6 +1,6 @@
-"""Trains the small classifier whose features measure generated images.
+r"""Trains the small classifier whose features measure generated images.
 
-    python training/train_classifier.py --train_data runs/data/digits4k.npz \\
+    python training/train_classifier.py --train_data runs/data/digits4k.npz \
         --test_data diffusers_ext/assets/digits/digits.npz
 
 `training/data/make_digits.py` writes the training data.

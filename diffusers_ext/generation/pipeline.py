@@ -48,6 +48,11 @@ class ImageGenerationPipeline(SafePipeline):
 
     __module__ = "diffusers_ext"
 
+    # Diffusers annotates `config` as a dict and leaves out of `SchedulerMixin` what all schedulers share.
+    unet: Any
+    scheduler: Any
+    vae: Any
+
     model_cpu_offload_seq = "unet->vae"
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents"]
@@ -127,9 +132,10 @@ class ImageGenerationPipeline(SafePipeline):
             batch_size = 1 if given is None else len(given)
         if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be an integer >= 1, got {num_inference_steps!r}.")
-        if guidance_scale != 1.0 and (class_labels is None or self.config.null_class_label is None):
+        if guidance_scale != 1.0 and (class_labels is None or self.config["null_class_label"] is None):
             raise ValueError(
-                f"`guidance_scale` must be 1 for a model without classes or without a null label, got {guidance_scale}."
+                "`guidance_scale` must be 1 for a model without classes or without a null label, got "
+                f"{guidance_scale!r}."
             )
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
@@ -161,7 +167,7 @@ class ImageGenerationPipeline(SafePipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_on_step_end: Callable[[Any, int, Any, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - as in Diffusers, never changed
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draws images; the result is deterministic given the initial latents unless scheduler or `eta` add noise.
@@ -212,20 +218,20 @@ class ImageGenerationPipeline(SafePipeline):
             latents = randn_tensor(
                 (batch_size, *self._latent_shape()), generator=generator, device=device, dtype=dtype
             )
-        latents = latents.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        sample: torch.Tensor = latents.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         step_arguments = self._step_arguments(eta, generator)
 
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
+        with self.progress_bar(total=len(timesteps)) as progress_bar:  # pyright: ignore[reportCallIssue]
             for i, t in enumerate(timesteps):
-                prediction = self._predict(latents, t, labels, guidance_scale)
-                latents = self.scheduler.step(prediction, t, latents, **step_arguments, return_dict=False)[0]
-                latents = latents.to(dtype)
+                prediction = self._predict(sample, t, labels, guidance_scale)
+                sample = self.scheduler.step(prediction, t, sample, **step_arguments, return_dict=False)[0]
+                sample = sample.to(dtype)
                 if callback_on_step_end is not None:
-                    changed = callback_on_step_end(self, i, t, {"latents": latents})
-                    latents = changed.get("latents", latents)
+                    changed = callback_on_step_end(self, i, t, {"latents": sample})
+                    sample = changed.get("latents", sample)
                 progress_bar.update()
 
-        images: Any = latents if output_type == "latent" else self._decode(latents, output_type)
+        images: Any = sample if output_type == "latent" else self._decode(sample, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -241,7 +247,8 @@ class ImageGenerationPipeline(SafePipeline):
             self.scheduler.set_timesteps(sigmas=sigmas, device=device)
         else:
             raise ValueError(f"`sigmas` must be left out: {type(self.scheduler).__name__} does not take them.")
-        return self.scheduler.timesteps
+        timesteps: torch.Tensor = self.scheduler.timesteps  # pyright: ignore[reportAssignmentType]
+        return timesteps
 
     def _step_arguments(self, eta: float, generator: Any) -> dict[str, Any]:
         accepted = inspect.signature(self.scheduler.step).parameters
@@ -251,19 +258,18 @@ class ImageGenerationPipeline(SafePipeline):
         return {name: value for name, value in arguments.items() if name in accepted}
 
     def _predict(
-        self, latents: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
+        self, sample: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
     ) -> torch.Tensor:
-        sample = latents
         if hasattr(self.scheduler, "scale_model_input"):
             sample = self.scheduler.scale_model_input(sample, t)
         if labels is None or guidance_scale == 1.0:
             return self.unet(sample, t, class_labels=labels, return_dict=False)[0]
-        both = torch.cat([torch.full_like(labels, self.config.null_class_label), labels])
+        both = torch.cat([torch.full_like(labels, self.config["null_class_label"]), labels])
         null, conditional = self.unet(torch.cat([sample, sample]), t, class_labels=both, return_dict=False)[0].chunk(2)
         return null + guidance_scale * (conditional - null)
 
-    def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
-        images = latents / self.config.image_scale
+    def _decode(self, sample: torch.Tensor, output_type: str) -> Any:
+        images = sample / self.config["image_scale"]
         if self.vae is not None:
             images = images / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
             images = self.vae.decode(images.to(self.vae.dtype), return_dict=False)[0]

@@ -30,6 +30,7 @@ def distance_cut(x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
     Example:
         >>> import torch
+        >>> from diffusers_ext import distance_cut
         >>> x = torch.randn(64, 3072, generator=torch.Generator().manual_seed(0))
         >>> noise = torch.randn(64, 3072, generator=torch.Generator().manual_seed(1))
         >>> bool(distance_cut(x, noise).abs() < 0.01)

@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from diffusers_ext.hub.card import RepoCard
 from diffusers_ext.training.config import described, require
 from diffusers_ext.training.denoising import DenoisingConfig, DenoisingRecipe
 from diffusers_ext.training.noise import NoiseStrategy, make_noise
+from diffusers_ext.training.recipe import Sample
+
+from .distance import distance_cut
 
 __all__ = ["ImmiscibleConfig", "ImmiscibleRecipe"]
 
@@ -64,6 +69,10 @@ class ImmiscibleRecipe(DenoisingRecipe[ImmiscibleConfig]):
     def __init__(self, config: ImmiscibleConfig) -> None:
         super().__init__(config)
         self.image_scale = config.image_scale
+
+    def noise_logs(self, sample: Sample, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Logs `distance_cut`, by which pairing shortens the way from noise to data."""
+        return {"distance_cut": distance_cut(sample.x0, noise)}
 
     def card(self) -> RepoCard:
         """Returns the card with the strategy and what it asks of the sampler."""

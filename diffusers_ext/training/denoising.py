@@ -163,7 +163,7 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
             unet, scheduler, vae = self._pretrained(config.pretrained_model_name_or_path)
         else:
             vae = AutoencoderKL.from_pretrained(config.vae, use_safetensors=True) if config.vae else None
-            unet, scheduler = self._new_unet(vae), self._new_scheduler(pixels=vae is None)
+            unet, scheduler = self._new_unet(vae), self._new_scheduler()
         self._check_size(unet, vae)
         self.noise = config.make_noise()
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
@@ -222,7 +222,7 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
                 f"`unet_config` must describe a `UNet2DModel`, got {config.unet_config!r}: {error}"
             ) from error
 
-    def _new_scheduler(self, pixels: bool) -> Any:
+    def _new_scheduler(self) -> Any:
         config = self.config
         if config.prediction_type == "flow":
             return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps)
@@ -230,8 +230,8 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
             num_train_timesteps=config.num_train_timesteps,
             beta_schedule=config.beta_schedule,
             prediction_type=config.prediction_type or "epsilon",
-            clip_sample=pixels,
-            clip_sample_range=self.image_scale,
+            # DDIM would clip its estimate of the sample but not the noise that goes with it: the more steps, the worse.
+            clip_sample=False,
             # Other spacings start sampling below the noise level that the first latents have.
             timestep_spacing="trailing",
         )
@@ -291,7 +291,11 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
             t = self.timesteps(len(noise), ctx.rng, ctx.ids, noise.device)
             noisy, target = self.objective.make(sample.x0, noise, t)
         prediction = ctx.model(noisy, self.objective.model_timesteps(t), **sample.cond, return_dict=False)[0]
-        return StepOutput(self.objective.loss(prediction, target, t))
+        return StepOutput(self.objective.loss(prediction, target, t), self.noise_logs(sample, noise))
+
+    def noise_logs(self, sample: Sample, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns what to log about the noise of a batch, as scalars; here nothing."""
+        return {}
 
     # -- results ---------------------------------------------------------------------------------------------------
 

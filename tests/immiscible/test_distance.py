@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusers_ext import knn_sample
-from diffusers_ext.immiscible.distance import distance_cut
+from diffusers_ext import distance_cut, knn_sample
 
 
 def test_cut_of_independent_noise_is_zero():
