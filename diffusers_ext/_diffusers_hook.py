@@ -36,11 +36,15 @@ def install(modules: Mapping[str, str]) -> None:
             try:
                 if own is not None:
                     return own(name)
-                raise AttributeError(f"module {self.__name__} has no attribute {name}")
+                raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
             except AttributeError:
                 if name.endswith("Pipeline") and name in modules:
                     return getattr(importlib.import_module("diffusers_ext"), name)
                 raise
+
+        def __reduce__(self) -> Any:
+            # Pickled as the module that Diffusers made: this class cannot be found by its name.
+            return (base, *super().__reduce__()[1:])
 
     WithExtension.__name__ = base.__name__
     module.__class__ = WithExtension

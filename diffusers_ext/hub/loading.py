@@ -1,4 +1,4 @@
-"""What our pipelines add to `from_pretrained`."""
+"""What our pipelines and models add to `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class SafeLoadingMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> Self:
-        """Loads as `DiffusionPipeline.from_pretrained` does, with `use_safetensors=True` by default.
+        """Loads as Diffusers does, with `use_safetensors=True` by default.
 
         Raises:
             OSError: the repo has no safetensors weights; the message names the remedy.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
-from .card import RepoCard
+from .card import RepoCard, default_snippet, fill_in_repo_id
 
 __all__ = ["pipeline_code", "push_repo", "save_repo"]
 
@@ -48,8 +50,9 @@ def save_repo(
 ) -> Path:
     """Writes a pipeline as a complete Hub repo.
 
-    Weights are safetensors. Everything is written beside the folder first and moved in when it is whole, so that a
-    failure leaves an earlier content as it was; other files in the folder stay.
+    Weights are safetensors. Everything is written to a temporary folder first and moved in when it is whole, so that
+    a failure to write leaves an earlier content as it was; other files in the folder stay. A process that is killed
+    while the files are moved may leave some old and some new ones; saving again mends that.
 
     Args:
         pipeline: any Diffusers pipeline. One of this package gets a `pipeline.py`, so that
@@ -73,7 +76,8 @@ def save_repo(
     if self_contained and not own:
         raise ValueError(f"`self_contained` must be False for a pipeline of another package, got {name}.")
     target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", suffix=".tmp", dir=target.parent) as partial:
+    # Within the target, so that it is the same file system; the upload ignores it.
+    with tempfile.TemporaryDirectory(prefix=".save-", suffix=".tmp", dir=target) as partial:
         folder = Path(partial)
         pipeline.save_pretrained(folder, safe_serialization=True, variant=variant)
         if own:
@@ -86,10 +90,14 @@ def save_repo(
         if sample is not None:
             sample.save(folder / "sample.png")
         if card is not None:
+            if card.snippet is None:
+                conditional = getattr(getattr(pipeline, "unet", None), "class_embedding", None) is not None
+                call = "class_labels=0" if conditional else ""
+                card = replace(card, snippet=default_snippet(own, self_contained, call))
             text = card.model_card(str(save_directory), "sample.png" if sample is not None else None)
-            (folder / "README.md").write_text(str(text))
-            (folder / "training_arguments.json").write_text(json.dumps(card.arguments, indent=2) + "\n")
-            (folder / "results.json").write_text(json.dumps(card.results, indent=2) + "\n")
+            (folder / "README.md").write_text(str(text), encoding="utf-8")
+            for file, values in (("training_arguments.json", card.arguments), ("results.json", card.results)):
+                (folder / file).write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
         for entry in sorted(folder.iterdir()):
             _replace(entry, target / entry.name)
     return target
@@ -97,11 +105,15 @@ def save_repo(
 
 def _replace(source: Path, destination: Path) -> None:
     """Moves a file or folder over another, which is gone only when the new one is in its place."""
+    old = destination.with_name(f".{destination.name}-old.tmp")
+    shutil.rmtree(old, ignore_errors=True)
     if destination.is_dir():
-        old = destination.with_name(f".{destination.name}-old.tmp")
-        shutil.rmtree(old, ignore_errors=True)
         destination.rename(old)
-        source.rename(destination)
+        try:
+            source.rename(destination)
+        except BaseException:
+            old.rename(destination)
+            raise
         shutil.rmtree(old)
     else:
         os.replace(source, destination)
@@ -149,13 +161,15 @@ def push_repo(
             folder_path=folder,
             revision=revision,
             commit_message=commit_message or "Upload with diffusers_ext",
-            ignore_patterns=IGNORED,
+            ignore_patterns=list(IGNORED),  # the Hub client appends its own
         )
     except Exception as error:  # the Hub client raises many kinds; all mean the same to the caller
-        exclude = " ".join(f"--exclude '{pattern}'" for pattern in IGNORED)
+        options = ["--revision", revision] if revision else []
+        options += ["--private"] if private else []
+        options += [word for pattern in IGNORED for word in ("--exclude", pattern)]
+        command = shlex.join(["hf", "upload", repo_id, str(folder), ".", *options])
         raise RuntimeError(
-            f"the upload to {repo_id!r} failed: {error}. The folder {folder} is whole. To try again: "
-            f"hf upload {repo_id} {folder} . {exclude}"
+            f"the upload to {repo_id!r} failed: {error}. The folder {folder} is whole. To try again: {command}"
         ) from error
     return str(commit.commit_url)
 
@@ -164,5 +178,9 @@ def _fill_in_repo_id(folder: Path, repo_id: str) -> None:
     """Lets the card's snippet load the repo instead of the folder."""
     card = folder / "README.md"
     if card.is_file():
-        loads = 'from_pretrained("{}")'
-        card.write_text(card.read_text().replace(loads.format(folder), loads.format(repo_id)))
+        before = card.read_text(encoding="utf-8")
+        after = fill_in_repo_id(before, folder, repo_id)
+        if after != before:
+            partial = card.with_name("README.md.tmp")
+            partial.write_text(after, encoding="utf-8")
+            os.replace(partial, card)

@@ -9,10 +9,12 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from diffusers_ext.hub.loading import SafeLoadingMixin
+
 __all__ = ["ImageClassifierFeatures", "extract_features", "inception_features"]
 
 
-class ImageClassifierFeatures(ModelMixin, ConfigMixin):
+class ImageClassifierFeatures(SafeLoadingMixin, ModelMixin, ConfigMixin):
     """A small convolutional classifier whose last hidden layer serves as features.
 
     Args:

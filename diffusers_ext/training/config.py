@@ -5,7 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from accelerate.tracking import get_available_trackers
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 __all__ = ["TrainConfig", "described", "require"]
 
@@ -23,15 +28,26 @@ def described(text: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def check_literals(config: Any) -> None:
-    """Checks every `Literal` field of a dataclass instance against its choices."""
+def check_types(config: Any) -> None:
+    """Checks every field of a dataclass instance against its annotation; numbers are finite, texts not empty.
+
+    Raises:
+        ValueError: a value is of another type, or none of the choices of a `Literal`.
+    """
+    accepted = {int: "an integer", float: "a finite number", str: "a text that is not empty", bool: "True or False"}
     for name, hint in get_type_hints(type(config)).items():
-        kinds = [hint, *get_args(hint)]
-        choices = [c for kind in kinds if get_origin(kind) is Literal for c in get_args(kind)]
-        optional = type(None) in get_args(hint)
-        value = getattr(config, name)
-        if choices and not (optional and value is None):
-            require(value in choices, name, value, f"one of {choices}")
+        value, kinds = getattr(config, name), get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        kind = kinds[0]
+        if value is None and type(None) in kinds:
+            continue
+        if get_origin(kind) is Literal:
+            choices = list(get_args(kind))
+            require(type(value) in map(type, choices) and value in choices, name, value, f"one of {choices}")
+        elif kind is float:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            require(number and math.isfinite(value), name, value, accepted[kind])
+        elif kind in accepted:
+            require(type(value) is kind and (kind is not str or value.strip() != ""), name, value, accepted[kind])
 
 
 @dataclass
@@ -86,9 +102,10 @@ class TrainConfig:
     hub_private_repo: bool = described("Make that repo private when it is created.", False)
 
     def __post_init__(self) -> None:
-        check_literals(self)
+        check_types(self)
         for name in ("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "logging_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
+        require(self.seed < 2**63, "seed", self.seed, "an integer in 0..2**63-1")
         for name in ("seed", "lr_warmup_steps", "dataloader_num_workers", "num_validation_images"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "an integer >= 0")
         for name in ("max_train_steps", "num_train_epochs", "checkpoints_total_limit", "validation_steps"):
@@ -96,7 +113,7 @@ class TrainConfig:
             require(value is None or value >= 1, name, value, "an integer >= 1 or left out")
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "ema_inv_gamma", "ema_power"):
             value = getattr(self, name)
-            require(math.isfinite(value) and value > 0, name, value, "a finite number > 0")
+            require(value > 0, name, value, "a number > 0")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number in [0, 1)")
         require(self.adam_weight_decay >= 0, "adam_weight_decay", self.adam_weight_decay, "a number >= 0")
@@ -108,8 +125,18 @@ class TrainConfig:
         trackers = ("tensorboard", "wandb", "trackio")
         for name in self.trackers:
             require(name in trackers, "report_to", self.report_to, f"'none' or a list from {list(trackers)}")
-        if self.push_to_hub and not self.hub_model_id:
-            raise ValueError("`hub_model_id` must be given with `push_to_hub`, as 'organisation/name'.")
+            installed = [str(tracker) for tracker in get_available_trackers()]
+            require(name in installed, "report_to", name, f"an installed package (pip install {name})")
+        if self.validation_steps is not None and self.num_validation_images == 0:
+            raise ValueError("`num_validation_images` must be an integer >= 1 with `validation_steps`, got 0.")
+        if self.push_to_hub:
+            try:
+                validate_repo_id(self.hub_model_id or "")
+            except HFValidationError as error:
+                raise ValueError(
+                    "`hub_model_id` must be given with `push_to_hub`, as 'organisation/name', got "
+                    f"{self.hub_model_id!r}: {error}"
+                ) from error
 
     @property
     def trackers(self) -> list[str]:

@@ -131,8 +131,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def batch(self, request):
         def entry(o):
-            upload = {"href": f"{self.hub.url}/objects/{o['oid']}", "header": {}}
-            return {**o, "actions": {} if o["oid"] in self.hub.objects else {"upload": upload}}
+            if o["oid"] in self.hub.objects:
+                return o  # without actions there is nothing to upload
+            return {**o, "actions": {"upload": {"href": f"{self.hub.url}/objects/{o['oid']}", "header": {}}}}
 
         return self.reply({"transfer": "basic", "objects": [entry(o) for o in request["objects"]]})
 

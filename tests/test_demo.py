@@ -1,0 +1,47 @@
+"""The command line, and the demo as a user runs it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import diffusers_ext
+
+DEMO = "import sys; from diffusers_ext.cli import main; main(sys.argv[1:])"
+
+
+def command(*words):
+    run = subprocess.run([sys.executable, "-c", DEMO, *words], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_info_names_versions_and_public_names():
+    text = command("info")
+    assert f"diffusers-ext {diffusers_ext.__version__}" in text
+    assert "ImageGenerationPipeline" in text
+
+
+def test_demo_loads_draws_measures_finetunes_and_reloads(tmp_path):
+    text = command("demo", "--output_dir", str(tmp_path))
+    trained, untrained = map(float, re.search(r"real digits: ([\d.]+); of an untrained net: ([\d.]+)", text).groups())
+    assert trained * 5 < untrained
+    # The second process found the pipeline class and the fine-tuned weights, and drew something like digits.
+    mean = float(re.search(r"ImageGenerationPipeline drew \(4, 1, 28, 28\), mean ([\d.]+)", text)[1])
+    assert 0.05 < mean < 0.3
+    picture = np.asarray(Image.open(tmp_path / "image_generation.png").convert("L"))
+    real, samples, noise = (part[28:].std() for part in np.array_split(picture, 3, axis=1))
+    assert min(real, samples, noise) > 10  # none of the three panels is blank
+    assert (tmp_path / "digits-finetuned" / "model_index.json").is_file()
+
+
+def test_assets_are_small_and_safe():
+    assets = Path(diffusers_ext.__file__).parent / "assets"
+    files = [path for path in assets.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".npz", ".png", ".py"}
+    for folder in assets.iterdir():
+        assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 3 * 2**20
+        assert (folder / "README.md").is_file()

@@ -1,0 +1,368 @@
+"""Every class that a repo can name, loaded in every way that Diffusers offers, each way in a process of its own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+    UNet2DModel,
+)
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+import diffusers_ext
+from diffusers_ext import ImageClassifierFeatures, ImageGenerationPipeline, save_repo
+from diffusers_ext.hub.repo import pipeline_code
+
+from .hub.server import COMMIT, HubServer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def unet(channels=1, **config):
+    return UNet2DModel(
+        sample_size=8, in_channels=channels, out_channels=channels, block_out_channels=(8, 8), norm_num_groups=2,
+        layers_per_block=1, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, **config,
+    )  # fmt: skip
+
+
+def vae():
+    return AutoencoderKL(
+        in_channels=1, out_channels=1, latent_channels=2, block_out_channels=(8, 8), norm_num_groups=2, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+
+
+def example(build, **call):
+    return SimpleNamespace(build=build, call=call)
+
+
+# Small examples of each class: how it is built, and the arguments of its call. A pipeline is called with a generator
+# seeded 0 too; a model's call maps argument names to tensors; a scheduler has no call, its `set_timesteps(3)` counts.
+EXAMPLES = {
+    "ImageClassifierFeatures": [
+        example(
+            lambda: ImageClassifierFeatures(sample_size=8, block_out_channels=(4,), feature_dim=6).eval(),
+            images=torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8),
+        ),
+    ],
+    "ImageGenerationPipeline": [
+        example(
+            lambda: ImageGenerationPipeline(unet(), DDIMScheduler(clip_sample=False), image_scale=2.0),
+            batch_size=2,
+            num_inference_steps=2,
+            output_type="pt",
+        ),
+        example(
+            lambda: ImageGenerationPipeline(
+                unet(num_class_embeds=4), FlowMatchEulerDiscreteScheduler(), null_class_label=3
+            ),
+            class_labels=torch.tensor([0, 2]),
+            guidance_scale=2.0,
+            num_inference_steps=2,
+            output_type="pt",
+        ),
+        example(
+            lambda: ImageGenerationPipeline(unet(2), DDIMScheduler(), vae=vae()),
+            num_inference_steps=2,
+            output_type="pt",
+        ),
+    ],
+}
+
+# Models and schedulers are tried as a component of a pipeline that somebody else wrote.
+HOLDER = """from diffusers import DiffusionPipeline
+
+import diffusers_ext
+
+
+class HolderPipeline(DiffusionPipeline):
+    def __init__(self, component: diffusers_ext.NAME):
+        super().__init__()
+        self.register_modules(component=component)
+"""
+
+TOOLS = '''
+"""What the test and the processes that it starts share."""
+
+import json, sys
+import torch
+
+
+def flat(value):
+    """Returns the tensors of an output, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value.clone()]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [tensor for item in value for tensor in flat(item)] if isinstance(value, (list, tuple)) else []
+
+
+def modules(thing):
+    """Returns the networks of a pipeline by name, those of its pipelines too; a model's own under an empty name."""
+    if isinstance(thing, torch.nn.Module):
+        return {"": thing}
+    found = {}
+    for name, component in sorted(getattr(thing, "components", {}).items()):
+        if isinstance(component, torch.nn.Module) or hasattr(component, "components"):
+            found.update({f"{name}.{inner}": module for inner, module in modules(component).items()})
+    return found
+
+
+def weights(thing):
+    return {f"{n}.{k}": v.clone() for n, m in modules(thing).items() for k, v in m.state_dict().items()}
+
+
+@torch.no_grad()
+def outputs(thing, call):
+    if hasattr(thing, "components"):
+        thing.set_progress_bar_config(disable=True)
+        return flat(thing(**call, generator=torch.Generator().manual_seed(0)))
+    if isinstance(thing, torch.nn.Module):
+        return flat(thing(**call))
+    thing.set_timesteps(3)
+    return [torch.as_tensor(thing.timesteps)]
+
+
+@torch.no_grad()
+def align(thing):
+    """Moves all weights to memory aligned as that of new tensors: CPU kernels round differently otherwise."""
+    for module in modules(thing).values():
+        for tensor in [*module.parameters(), *module.buffers()]:
+            tensor.data = tensor.data.clone()
+
+
+def plain(config):
+    """Returns a configuration without what loading adds, as JSON."""
+    return json.dumps({k: v for k, v in config.items() if not k.startswith("_")}, sort_keys=True, default=str)
+
+
+def record(thing, call):
+    found = {"class": type(thing).__name__, "module": type(thing).__module__, "config": plain(thing.config)}
+    found["training"] = [module.training for module in modules(thing).values()]
+    found["weights"], found["outputs"] = weights(thing), outputs(thing, call)
+    align(thing)
+    return {**found, "aligned": outputs(thing, call)}
+'''
+_tools: dict = {}
+exec(TOOLS, _tools)
+record, weights, outputs, align = (_tools[name] for name in ("record", "weights", "outputs", "align"))
+
+# Each way gets one case and returns what it loaded. `path` is a repo of `save_repo`, `alone` the same repo naming its
+# pipeline.py, `shelf` the folder for `custom_pipeline`.
+WAYS = {
+    "import": """
+import diffusers_ext
+from diffusers import DiffusionPipeline
+def load(case):
+    cls = DiffusionPipeline
+    if not case["pipeline"]:
+        exec(case["holder"], globals())
+        cls = HolderPipeline
+    return cls.from_pretrained(case["path"])
+""",
+    "custom_pipeline": """
+from diffusers import DiffusionPipeline
+def load(case):
+    return DiffusionPipeline.from_pretrained(case["path"], custom_pipeline=case["shelf"], trust_remote_code=True)
+""",
+    "self_contained": """
+from diffusers import DiffusionPipeline
+def load(case):
+    return DiffusionPipeline.from_pretrained(case["alone"], trust_remote_code=True)
+""",
+    "own_class": """
+import diffusers_ext
+def load(case):
+    cls = getattr(diffusers_ext, case["name"])
+    return cls.from_pretrained(case["path"], **({} if case["pipeline"] else {"subfolder": "component"}))
+""",
+    "from_pipe": """
+import diffusers_ext
+from diffusers import DiffusionPipeline
+def load(case):
+    if case["pipeline"]:
+        cls = getattr(diffusers_ext, case["name"])
+        return cls.from_pipe(cls.from_pretrained(case["path"]))
+    exec(case["holder"], globals())
+    return HolderPipeline.from_pipe(HolderPipeline.from_pretrained(case["path"]))
+""",
+}
+RUN = """
+imported_before = "diffusers_ext" in sys.modules
+cases = torch.load(sys.argv[1], weights_only=True)
+found = {"imported_before": imported_before}
+for case in cases:
+    thing = load(case)
+    if not case["pipeline"] and hasattr(thing, "components"):
+        thing = thing.component
+    found[case["id"]] = record(thing, case["call"])
+torch.save(found, sys.argv[2])
+"""
+
+
+def process(code, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        cwd=arguments[1].parent if len(arguments) > 1 else ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def loadable_classes():
+    """Returns the public classes that a repo can name."""
+    values = {name: getattr(diffusers_ext, name) for name in diffusers_ext._MODULES}
+    bases = (DiffusionPipeline, ModelMixin, SchedulerMixin)
+    return {n: v for n, v in values.items() if isinstance(v, type) and issubclass(v, bases)}
+
+
+def shelves():
+    """Returns the class name of each folder of pipelines/ by the text of its pipeline.py."""
+    texts = {folder: (folder / "pipeline.py").read_text() for folder in (ROOT / "pipelines").iterdir()}
+    return {n: folder for n in loadable_classes() for folder, text in texts.items() if text == pipeline_code(n)}
+
+
+def write_holder(component, path, self_contained):
+    """Saves a component as an outside author's repo would hold it."""
+    text, names = HOLDER.replace("NAME", type(component).__name__), {"__name__": "pipeline"}
+    exec(text, names)
+    names["HolderPipeline"](component).save_pretrained(path)
+    (path / "pipeline.py").write_text(text)
+    if self_contained:
+        index = json.loads((path / "model_index.json").read_text())
+        index["_class_name"] = ["pipeline", "HolderPipeline"]
+        (path / "model_index.json").write_text(json.dumps(index))
+
+
+def randomise_buffers(thing):
+    """Gives running statistics values that a newly made network does not have."""
+    for module in _tools["modules"](thing).values():
+        for name, buffer in module.named_buffers():
+            if buffer.is_floating_point() and "running" in name:
+                buffer.data = torch.rand_like(buffer) + 0.5
+
+
+IDS = [f"{name}-{i}" for name, examples in EXAMPLES.items() for i in range(len(examples))]
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory):
+    """What every way found, and what it should have: `(expected, found by way)`."""
+    folder, cases, expected = tmp_path_factory.mktemp("matrix"), [], {}
+    classes, shelf = loadable_classes(), shelves()
+    for name, examples in EXAMPLES.items():
+        for i, it in enumerate(examples):
+            torch.manual_seed(i)
+            thing, key = it.build(), f"{name}-{i}"
+            randomise_buffers(thing)
+            path, alone = folder / key, folder / f"{key}-alone"
+            if issubclass(classes[name], DiffusionPipeline):
+                save_repo(thing, path)
+                save_repo(thing, alone, self_contained=True)
+            else:
+                write_holder(thing, path, False)
+                write_holder(thing, alone, True)
+            cases.append(
+                {
+                    "id": key,
+                    "name": name,
+                    "call": it.call,
+                    "pipeline": issubclass(classes[name], DiffusionPipeline),
+                    "path": str(path),
+                    "alone": str(alone),
+                    "shelf": str(shelf.get(name, path)),
+                    "holder": HOLDER.replace("NAME", name),
+                }
+            )
+            if not issubclass(classes[name], DiffusionPipeline) and isinstance(thing, torch.nn.Module):
+                thing.eval()
+            expected[key] = record(thing, it.call)
+    torch.save(cases, folder / "cases.pt")
+
+    def attempt(way):
+        home, out = folder / f"home-{way}", folder / f"{way}.pt"
+        run = process(TOOLS + WAYS[way] + RUN, folder / "cases.pt", out, HF_HOME=str(home), HF_HUB_OFFLINE="1")
+        return torch.load(out, weights_only=True) if run.returncode == 0 else run.stderr[-3000:]
+
+    with ThreadPoolExecutor(2) as pool:
+        return expected, dict(zip(WAYS, pool.map(attempt, WAYS), strict=True))
+
+
+def same(a, b):
+    return len(a) == len(b) > 0 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_no_class_is_forgotten():
+    assert set(EXAMPLES) == set(loadable_classes())
+    pipelines = {n for n, v in loadable_classes().items() if issubclass(v, DiffusionPipeline)}
+    assert set(shelves()) == pipelines  # every pipeline has its folder, with the text that repos get
+    assert len(list((ROOT / "pipelines").iterdir())) == len(pipelines)
+    for folder in shelves().values():
+        assert "library_name: diffusers" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("key", IDS)
+def test_matrix(matrix, way, key):
+    expected, found = matrix[0][key], matrix[1][way]
+    assert isinstance(found, dict), found  # else what the process complained of
+    assert found["imported_before"] is (way in ("import", "own_class", "from_pipe"))
+    found = found[key]
+    assert (found["class"], found["module"]) == (key.split("-")[0], "diffusers_ext")
+    assert found["config"] == expected["config"]
+    assert not any(found["training"])
+    assert found["weights"].keys() == expected["weights"].keys()
+    assert all(torch.equal(found["weights"][k], v) for k, v in expected["weights"].items())
+    for a, b in zip(found["outputs"], expected["outputs"], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    assert same(found["aligned"], expected["aligned"])
+
+
+def test_the_examples_differ(matrix):
+    """An output that did not depend on the weights would prove nothing."""
+    for key, expected in matrix[0].items():
+        if expected["weights"]:
+            for out in expected["outputs"]:
+                assert out.std() > 1e-3, key
+    assert {"vae.", "unet."} == {k[: k.index(".") + 1] for k in matrix[0]["ImageGenerationPipeline-2"]["weights"]}
+
+
+# ---------------------------------------------------------------- schedulers
+
+
+def check_scheduler(scheduler, folder):
+    """Checks what Diffusers asks of a scheduler; `scheduler` has some setting of its own."""
+    cls = type(scheduler)
+    scheduler.save_pretrained(folder)
+    assert _tools["plain"](cls.from_pretrained(folder).config) == _tools["plain"](scheduler.config)
+    assert _tools["plain"](cls.from_config(scheduler.config).config) == _tools["plain"](scheduler.config)
+    # Settings that both know pass from a stock scheduler to this one and back.
+    stock = DDPMScheduler(num_train_timesteps=77)
+    taken = cls.from_config(stock.config)
+    assert taken.config.num_train_timesteps == 77
+    assert DDPMScheduler.from_config(taken.config).config.num_train_timesteps == 77
+    for other in scheduler.compatibles:
+        assert issubclass(other, SchedulerMixin)
+        assert isinstance(other.from_config(scheduler.config), other)
+
+
+def test_schedulers(tmp_path):
+    ours = [name for name, value in loadable_classes().items() if issubclass(value, SchedulerMixin)]
+    built = [it.build() for name in ours for it in EXAMPLES[name]]
+    for i, scheduler in enumerate([DDIMScheduler(num_train_timesteps=55), *built]):  # the stock one proves the check
+        check_scheduler(scheduler, tmp_path / str(i))
