@@ -2,9 +2,9 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ import diffusers_ext
 from diffusers_ext import ImageClassifierFeatures, ImageGenerationPipeline, save_repo
 from diffusers_ext.hub.repo import pipeline_code
 
-from .hub.server import COMMIT, HubServer
+from .hub.server import HubServer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,7 +84,10 @@ EXAMPLES = {
 }
 
 # Models and schedulers are tried as a component of a pipeline that somebody else wrote.
-HOLDER = """from diffusers import DiffusionPipeline
+HOLDER = """for stale in [name for name, value in globals().items() if isinstance(value, type)]:
+    del globals()[stale]
+
+from diffusers import DiffusionPipeline
 
 import diffusers_ext
 
@@ -218,7 +221,7 @@ def process(code, *arguments, **environment):
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        cwd=arguments[1].parent if len(arguments) > 1 else ROOT,
+        cwd=tempfile.gettempdir(),
         capture_output=True,
         text=True,
     )
@@ -356,9 +359,10 @@ def check_scheduler(scheduler, folder):
     taken = cls.from_config(stock.config)
     assert taken.config.num_train_timesteps == 77
     assert DDPMScheduler.from_config(taken.config).config.num_train_timesteps == 77
-    for other in scheduler.compatibles:
-        assert issubclass(other, SchedulerMixin)
-        assert isinstance(other.from_config(scheduler.config), other)
+    usable = [other for other in scheduler.compatibles if ".dummy_" not in other.__module__]
+    assert DDPMScheduler in usable
+    for other in usable:
+        assert other.from_config(scheduler.config).config.num_train_timesteps == scheduler.config.num_train_timesteps
 
 
 def test_schedulers(tmp_path):
@@ -366,3 +370,97 @@ def test_schedulers(tmp_path):
     built = [it.build() for name in ours for it in EXAMPLES[name]]
     for i, scheduler in enumerate([DDIMScheduler(num_train_timesteps=55), *built]):  # the stock one proves the check
         check_scheduler(scheduler, tmp_path / str(i))
+
+
+# ---------------------------------------------------------------- what a repo may not do, and the forms it may have
+
+
+def test_a_repos_code_never_runs_unasked(tmp_path):
+    canary = tmp_path / "canary"
+    repo = save_repo(ImageGenerationPipeline(unet(), DDIMScheduler()), tmp_path / "repo", self_contained=True)
+    hostile = f"open({str(canary)!r}, 'w').close()\n"
+    (repo / "pipeline.py").write_text(hostile + (repo / "pipeline.py").read_text())
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(repo)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(repo, custom_pipeline=str(repo))
+    assert not canary.exists()
+    DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)
+    assert canary.exists()  # so the code would have run
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    pipeline = ImageGenerationPipeline(unet(), DDIMScheduler())
+    pipeline.save_pretrained(tmp_path / "pipeline", safe_serialization=False)
+    with pytest.raises(OSError, match="use_safetensors=False"):
+        ImageGenerationPipeline.from_pretrained(tmp_path / "pipeline")
+    loaded = ImageGenerationPipeline.from_pretrained(tmp_path / "pipeline", use_safetensors=False)
+    assert same(list(weights(loaded).values()), list(weights(pipeline).values()))
+    model = EXAMPLES["ImageClassifierFeatures"][0].build()
+    model.save_pretrained(tmp_path / "model", safe_serialization=False)
+    with pytest.raises(OSError, match="use_safetensors=False"):
+        ImageClassifierFeatures.from_pretrained(tmp_path / "model")
+    loaded = ImageClassifierFeatures.from_pretrained(tmp_path / "model", use_safetensors=False)
+    assert same(list(weights(loaded).values()), list(weights(model).values()))
+
+
+def test_a_variant_keeps_its_precision(tmp_path):
+    pipeline = ImageGenerationPipeline(unet(), DDIMScheduler()).to(torch.float16)
+    save_repo(pipeline, tmp_path, variant="fp16")
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
+    assert loaded.dtype == torch.float16
+    assert same(list(weights(loaded).values()), list(weights(pipeline).values()))
+
+
+def test_sharded_weights_load(tmp_path):
+    pipeline = ImageGenerationPipeline(unet(), DDIMScheduler())
+    pipeline.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 1
+    loaded = ImageGenerationPipeline.from_pretrained(tmp_path)
+    assert same(list(weights(loaded).values()), list(weights(pipeline).values()))
+
+
+def test_a_cached_repo_loads_offline_at_a_revision(tmp_path):
+    """The Hub's cache layout, written by the Hub client itself."""
+    pipeline = ImageGenerationPipeline(unet(), DDIMScheduler())
+    save_repo(pipeline, tmp_path / "repo")
+    code = (
+        "import sys, diffusers_ext, torch; from diffusers import DiffusionPipeline;"
+        "p = DiffusionPipeline.from_pretrained('org/name', revision='main', local_files_only=sys.argv[2] == 'offline');"
+        "torch.save(p.unet.state_dict(), sys.argv[1])"
+    )
+    with HubServer() as hub:
+        repo = tmp_path / "repo"
+        files = [path for path in repo.rglob("*") if path.is_file()]
+        hub.repos["org/name"] = {path.relative_to(repo).as_posix(): path.read_bytes() for path in files}
+        environment = hub.environment(tmp_path / "home")
+        online = process(code, tmp_path / "online.pt", "online", **environment)
+        assert online.returncode == 0, online.stderr
+    offline = process(code, tmp_path / "offline.pt", "offline", **environment)  # the server is gone
+    assert offline.returncode == 0, offline.stderr
+    found = torch.load(tmp_path / "offline.pt", weights_only=True)
+    assert all(torch.equal(found[k], v) for k, v in pipeline.unet.state_dict().items())
+
+
+class OuterPipeline(DiffusionPipeline):
+    """A pipeline that holds one of ours and a stock one, which holds networks."""
+
+    def __init__(self, ours, stock):
+        super().__init__()
+        self.register_modules(ours=ours, stock=stock)
+
+
+def test_pipelines_within_pipelines(tmp_path):
+    outer = OuterPipeline(
+        ImageGenerationPipeline(unet(), DDIMScheduler(), image_scale=2.0), DDPMPipeline(unet(), DDPMScheduler())
+    )
+    outer.save_pretrained(tmp_path)
+    loaded = OuterPipeline.from_pretrained(tmp_path)
+    assert type(loaded.ours) is ImageGenerationPipeline
+    assert loaded.ours.config["image_scale"] == 2.0
+    assert type(loaded.stock) is DDPMPipeline
+    before, after = weights(outer), weights(loaded)
+    assert before.keys() == after.keys()
+    assert {key.split(".")[0] for key in before} == {"ours", "stock"}
+    assert same(list(before.values()), list(after.values()))

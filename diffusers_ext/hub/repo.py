@@ -25,6 +25,10 @@ IGNORED = ["checkpoint-*", "checkpoint-*/**", "*.tmp", "*.tmp/**", "logs/**", "s
 
 CODE = '''"""Loads {name} from the package `diffusers-ext`."""
 
+# Diffusers runs every local pipeline.py in one module, where the classes of an earlier one would be in the way.
+for stale in [name for name, value in globals().items() if isinstance(value, type)]:
+    del globals()[stale]
+
 try:
     from diffusers_ext import {name}
 except ImportError as error:
