@@ -43,7 +43,13 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None = None)
             if not inline and position + 1 == len(words):
                 parser.error("argument --config: expected one argument")
             path = word.split("=", 1)[1] if inline else words[position + 1]
-            words = _file_words(parser, Path(path)) + words[:position] + words[position + (1 if inline else 2) :]
+            try:
+                entries = _file_words(parser, Path(path))
+            except ValueError as error:
+                if argv is None:
+                    parser.error(str(error))
+                raise
+            words = entries + words[:position] + words[position + (1 if inline else 2) :]
             break
     namespace, unknown = parser.parse_known_args(words)
     if unknown:
@@ -70,8 +76,11 @@ def _nearest(parser: HfArgumentParser, word: str) -> str:
 def _file_words(parser: HfArgumentParser, path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"`config` must be an existing YAML or JSON file, got {str(path)!r}.")
-    text = path.read_text()
-    entries: Any = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    try:
+        text = path.read_text()
+        entries: Any = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"`config` must be a YAML or JSON file, got {str(path)!r}: {error}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"`config` must hold a mapping of argument names to values, got {type(entries).__name__}.")
     words: list[str] = []
@@ -81,9 +90,8 @@ def _file_words(parser: HfArgumentParser, path: Path) -> list[str]:
             raise ValueError(f"unknown argument {name!r} in {path}{_nearest(parser, flag)}.")
         if value is None:
             continue
-        words.append(flag)
         if isinstance(value, list):
-            words += [str(item) for item in value]
-        else:
-            words.append(json.dumps(value) if isinstance(value, dict) else str(value))
+            raise ValueError(f"`{name}` in {path} must be a single value, got the list {value!r}.")
+        # One word, so that a value such as -1 is not taken for a flag.
+        words.append(f"{flag}={json.dumps(value) if isinstance(value, dict) else value}")
     return words

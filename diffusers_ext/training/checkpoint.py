@@ -19,6 +19,12 @@ __all__ = ["CheckpointError", "find_checkpoint", "load_checkpoint", "save_checkp
 
 MANIFEST = "manifest.json"
 STATE = "engine_state.pt"
+# Arguments that may change at a resume without any effect on the weights.
+UNRELATED = {
+    *("output_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "logging_steps"),
+    *("validation_steps", "num_validation_images", "validation_inference_steps", "report_to"),
+    *("tracker_project_name", "push_to_hub", "hub_model_id", "hub_private_repo", "dataloader_num_workers"),
+}
 
 
 class CheckpointError(RuntimeError):
@@ -126,10 +132,11 @@ def find_checkpoint(directory: str | os.PathLike, resume_from: str) -> Path | No
         found = _checkpoints(Path(directory))
         return found[-1] if found else None
     path = Path(resume_from)
-    if not (path / MANIFEST).is_file():
+    # A temporary folder may have a manifest, yet lack what another process was still writing.
+    if not (path / MANIFEST).is_file() or path.suffix == ".tmp":
         available = [str(p) for p in _checkpoints(Path(directory))]
         raise ValueError(
-            f"`resume_from_checkpoint` must be 'latest' or a folder with a {MANIFEST}, got {resume_from!r}; "
+            f"`resume_from_checkpoint` must be 'latest' or a finished folder with a {MANIFEST}, got {resume_from!r}; "
             f"whole checkpoints here: {available}."
         )
     return path
@@ -150,9 +157,13 @@ def load_checkpoint(
         The manifest and the saved `state`.
 
     Raises:
-        ValueError: the checkpoint belongs to another model.
+        ValueError: the checkpoint belongs to another model, or cannot be read.
     """
-    manifest = json.loads((path / MANIFEST).read_text())
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise _unreadable(path, error) from error
     expected, found = _signature(model), manifest["parameters"]
     if expected != found:
         differing = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
@@ -163,8 +174,8 @@ def load_checkpoint(
         )
     changed = [
         f"{name} ({manifest['config'][name]!r} -> {config[name]!r})"
-        for name in ("seed", "rng_scope", "train_batch_size", "gradient_accumulation_steps", "learning_rate")
-        if name in manifest["config"] and manifest["config"][name] != config[name]
+        for name in config
+        if name not in UNRELATED and name in manifest["config"] and manifest["config"][name] != config[name]
     ]
     if manifest["world"] != accelerator.num_processes:
         changed.append(f"number of processes ({manifest['world']} -> {accelerator.num_processes})")
@@ -174,5 +185,12 @@ def load_checkpoint(
             + ", ".join(changed),
             stacklevel=2,
         )
-    accelerator.load_state(str(path))
-    return manifest, torch.load(path / STATE, map_location="cpu", weights_only=True)
+    try:
+        accelerator.load_state(str(path))
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    return manifest, state
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"`resume_from_checkpoint` must be a whole checkpoint, got {str(path)!r}: {error}")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from accelerate.tracking import get_available_trackers
+from huggingface_hub import get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -142,6 +145,22 @@ class TrainConfig:
     def trackers(self) -> list[str]:
         """Names in `report_to`."""
         return [] if self.report_to == "none" else [name.strip() for name in self.report_to.split(",")]
+
+    def check_targets(self) -> None:
+        """Finds out before training whether its result could be written and pushed.
+
+        Raises:
+            ValueError: `output_dir` cannot be written, or there is no login to push with.
+        """
+        folder = Path(self.output_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(f"`output_dir` must be a folder to write into, got {str(folder)!r}: {error}") from error
+        if self.push_to_hub and get_token() is None:
+            raise ValueError("`push_to_hub` must be False without a login; log in with `hf auth login`.")
 
     def check_warmup(self, total_steps: int) -> None:
         """Checks the warm-up against the number of updates, which epochs fix only once the data is known.

@@ -78,6 +78,13 @@ class DenoisingConfig(TrainConfig):
             )
         if self.pretrained_model_name_or_path is not None and self.unet_config is not None:
             raise ValueError("`unet_config` must be left out with `pretrained_model_name_or_path`: it brings its own.")
+        if self.pretrained_model_name_or_path is not None and self.vae is not None:
+            raise ValueError("`vae` must be left out with `pretrained_model_name_or_path`: it brings its own.")
+        if self.streaming:
+            workers = self.dataloader_num_workers
+            require(workers <= 1, "dataloader_num_workers", workers, "0 or 1 with `streaming`")
+        samples = self.max_train_samples
+        require(samples is None or samples >= 1, "max_train_samples", samples, "an integer >= 1 or left out")
         for name in ("resolution", "num_train_timesteps", "validation_inference_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         require(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "a number in [0, 1)")
@@ -111,6 +118,16 @@ class DenoisingConfig(TrainConfig):
 
 
 ConfigT = TypeVar("ConfigT", bound=DenoisingConfig)
+
+
+def _loaded(argument: str, kind: Any, name: str) -> Any:
+    """Loads from the Hub or a folder; a failure names the argument."""
+    try:
+        return kind.from_pretrained(name, use_safetensors=True)
+    except Exception as error:  # the libraries raise many kinds
+        raise ValueError(
+            f"`{argument}` must be a Hub repo or a folder that `{kind.__name__}` loads, got {name!r}: {error}"
+        ) from error
 
 
 class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
@@ -162,7 +179,7 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
         if config.pretrained_model_name_or_path is not None:
             unet, scheduler, vae = self._pretrained(config.pretrained_model_name_or_path)
         else:
-            vae = AutoencoderKL.from_pretrained(config.vae, use_safetensors=True) if config.vae else None
+            vae = _loaded("vae", AutoencoderKL, config.vae) if config.vae else None
             unet, scheduler = self._new_unet(vae), self._new_scheduler()
         self._check_size(unet, vae)
         self.noise = config.make_noise()
@@ -171,13 +188,15 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
             logit_normal = config.timestep_sampling == "logit_normal"
             self.timesteps = LogitNormalTimesteps() if logit_normal else UniformTimesteps(None)
         else:
+            length, steps = scheduler.config.num_train_timesteps, config.validation_inference_steps
+            require(steps <= length, "validation_inference_steps", steps, f"at most the schedule's {length} timesteps")
             weighting = "none" if config.snr_gamma is None else "min_snr"
             self.objective = EpsX0V(scheduler, weighting, config.snr_gamma or 5.0)
             self.timesteps = UniformTimesteps(scheduler.config.num_train_timesteps)
         return Modules(unet, scheduler, {} if vae is None else {"vae": vae})
 
     def _pretrained(self, name: str) -> tuple[Any, Any, Any]:
-        pipeline = DiffusionPipeline.from_pretrained(name, use_safetensors=True)
+        pipeline = _loaded("pretrained_model_name_or_path", DiffusionPipeline, name)
         unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
         if not isinstance(unet, UNet2DModel):
             raise ValueError(
@@ -207,7 +226,12 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
         if config.unet_config is not None:
             path = Path(config.unet_config)
             require(path.is_file(), "unet_config", config.unet_config, "an existing JSON file")
-            arguments = {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("_")}
+            try:
+                arguments = {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("_")}
+            except (ValueError, AttributeError) as error:
+                raise ValueError(
+                    f"`unet_config` must be a JSON object in a file, got {config.unet_config!r}: {error}"
+                ) from error
         channels, size = config.channels, config.resolution
         if vae is not None:
             channels, size = vae.config.latent_channels, size // 2 ** (len(vae.config.block_out_channels) - 1)
@@ -217,7 +241,7 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
             arguments["num_class_embeds"] = self.null_class_label + 1
         try:
             return UNet2DModel(**arguments)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # whatever a wrong argument runs into
             raise ValueError(
                 f"`unet_config` must describe a `UNet2DModel`, got {config.unet_config!r}: {error}"
             ) from error
@@ -230,7 +254,7 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
             num_train_timesteps=config.num_train_timesteps,
             beta_schedule=config.beta_schedule,
             prediction_type=config.prediction_type or "epsilon",
-            # DDIM would clip its estimate of the sample but not the noise that goes with it: the more steps, the worse.
+            # DDIM would clip its estimate of the sample but not the noise that goes with it: worse with every step.
             clip_sample=False,
             # Other spacings start sampling below the noise level that the first latents have.
             timestep_spacing="trailing",
@@ -321,11 +345,12 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
     def card(self) -> RepoCard:
         """Returns the card of a denoiser."""
         config = self.config
-        predicts = config.prediction_type or "epsilon"
+        predicted = {"v_prediction": "v", "sample": "the clean image", "flow": "the flow's velocity"}
+        kind = predicted.get(config.prediction_type or "epsilon", "the noise")
         return RepoCard(
-            method="Image diffusion" if predicts != "flow" else "Image flow matching",
-            description=f"A {config.resolution}x{config.resolution} image model predicting {predicts}, trained with "
-            f"{config.noise} noise.",
+            method="Image flow matching" if config.prediction_type == "flow" else "Image diffusion",
+            description=f"Generates images of {config.resolution}x{config.resolution} pixels. Its UNet predicts {kind} "
+            f"and was trained with {config.noise} noise.",
             data=self.data.description,
             tags=["diffusers-ext", "unconditional-image-generation"],
             base_model=config.pretrained_model_name_or_path,

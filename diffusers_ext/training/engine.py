@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -154,7 +153,7 @@ class Trainer:
         if config.allow_tf32 and torch.cuda.is_available():
             torch.backends.cuda.matmul.allow_tf32 = True
         if accelerator.is_main_process:
-            Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+            config.check_targets()
         self.rng = StepRNG(config.seed, accelerator.process_index, accelerator.num_processes, config.rng_scope)
         weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
         self.ctx = ctx = Context(config, accelerator, self.rng, weight_dtype)
@@ -243,8 +242,16 @@ class Trainer:
             return
         manifest, state = load_checkpoint(self.accelerator, path, model=self.model, config=config.to_dict())
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        if self.ema is not None and state["ema"] is not None:
-            self.ema.load_state_dict(state["ema"])
+        # The rate follows from the position and the present arguments, which may differ from the checkpoint's.
+        self.lr_scheduler.base_lrs = [config.learning_rate] * len(self.lr_scheduler.base_lrs)
+        rate = config.learning_rate * self.lr_scheduler.lr_lambdas[0](self.lr_scheduler.last_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.ema is not None:
+            if state["ema"] is not None:
+                self.ema.load_state_dict(state["ema"])
+            else:  # switched on now: the average starts from the loaded weights
+                self.ema.restart(self.parameters)
         self.recipe.load_state_dict(state["recipe"])
         self._last_loss = state["loss"]
         self.step = manifest["step"]

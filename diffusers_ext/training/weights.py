@@ -36,6 +36,11 @@ class Ema(EMAModel):
         super().__init__(parameters, foreach=True, **kwargs)  # type: ignore[arg-type]
         self.shadow_params = [p.float() for p in self.shadow_params]
 
+    def restart(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Takes the present parameters as the average."""
+        for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
+            shadow.copy_(parameter.detach())
+
     def state_dict(self) -> dict:
         """Returns the number of updates and the whole shadow tensors on the CPU; every process must call it."""
         shadow = [full_tensor(p).cpu() for p in self.shadow_params]

@@ -65,7 +65,7 @@ def test_refuses_unknown_names_with_the_nearest(tmp_path, capsys):
         ({"noise": "assignment", "group_size": 0}, "`group_size` must be .*got 0"),
         ({"image_scale": 0.0}, "`image_scale` must be a number > 0, got 0.0"),
         ({"seed": -1}, "`seed` must be an integer >= 0, got -1"),
-        ({"learning_rate": float("nan")}, "`learning_rate` must be a finite number > 0"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must be a finite number, got nan"),
         ({"train_batch_size": 0}, "`train_batch_size` must be an integer >= 1, got 0"),
         ({"report_to": "excel"}, "`report_to` must be 'none' or a list from"),
         ({"push_to_hub": True}, "`hub_model_id` must be given"),
