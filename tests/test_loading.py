@@ -389,6 +389,32 @@ def test_a_repos_code_never_runs_unasked(tmp_path):
     assert canary.exists()  # so the code would have run
 
 
+@pytest.mark.parametrize("cls", [DiffusionPipeline, ImageGenerationPipeline])
+def test_code_that_is_not_named_or_not_trusted_stays_unread(tmp_path, cls):
+    canary, pipeline = tmp_path / "canary", ImageGenerationPipeline(unet(), DDIMScheduler())
+    hostile = f"open({str(canary)!r}, 'w').close()\n"
+    repo = save_repo(pipeline, tmp_path / "repo")
+    (repo / "pipeline.py").write_text(hostile)  # the index names the class, not this file
+    assert same(list(weights(cls.from_pretrained(repo)).values()), list(weights(pipeline).values()))
+    (repo / "unet" / "evil.py").write_text(hostile + "from diffusers import UNet2DModel\n")
+    index = json.loads((repo / "model_index.json").read_text())
+    index["unet"] = ["evil", "UNet2DModel"]
+    (repo / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="evil.py which must be executed"):
+        cls.from_pretrained(repo)
+    assert not canary.exists()
+    cls.from_pretrained(repo, trust_remote_code=True)
+    assert canary.exists()
+
+
+def test_a_component_loads_from_its_subfolder(tmp_path):
+    pipeline = ImageGenerationPipeline(unet(), DDIMScheduler(num_train_timesteps=33))
+    save_repo(pipeline, tmp_path)
+    loaded = UNet2DModel.from_pretrained(tmp_path, subfolder="unet").state_dict()
+    assert same(list(loaded.values()), list(pipeline.unet.state_dict().values()))
+    assert DDPMScheduler.from_pretrained(tmp_path, subfolder="scheduler").config["num_train_timesteps"] == 33
+
+
 def test_pickled_weights_are_refused(tmp_path):
     pipeline = ImageGenerationPipeline(unet(), DDIMScheduler())
     pipeline.save_pretrained(tmp_path / "pipeline", safe_serialization=False)
@@ -427,7 +453,8 @@ def test_a_cached_repo_loads_offline_at_a_revision(tmp_path):
     save_repo(pipeline, tmp_path / "repo")
     code = (
         "import sys, diffusers_ext, torch; from diffusers import DiffusionPipeline;"
-        "p = DiffusionPipeline.from_pretrained('org/name', revision='main', local_files_only=sys.argv[2] == 'offline');"
+        "p = DiffusionPipeline.from_pretrained('org/name', revision='main', "
+        "local_files_only=sys.argv[2] == 'offline');"
         "torch.save(p.unet.state_dict(), sys.argv[1])"
     )
     with HubServer() as hub:

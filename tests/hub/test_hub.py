@@ -4,26 +4,29 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_ext import ImageGenerationPipeline, RepoCard, push_repo, save_repo
+from diffusers_ext.hub.card import fill_in_repo_id
 
 from .server import HubServer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
-def make(seed=0, **config):
+def make(seed=0, num_class_embeds=None, **config):
     torch.manual_seed(seed)
     unet = UNet2DModel(
         sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=2,
-        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, num_class_embeds=num_class_embeds,
     )  # fmt: skip
     return ImageGenerationPipeline(unet, DDIMScheduler(), **config)
 
@@ -41,7 +44,7 @@ CARD = RepoCard(
 )
 
 
-def test_a_repo_is_complete(tmp_path):
+def test_a_repo_is_complete(tmp_path, monkeypatch):
     save_repo(make(image_scale=2.0), tmp_path / "repo", card=CARD, sample=Image.new("L", (8, 8)))
     names = {p.relative_to(tmp_path / "repo").as_posix() for p in (tmp_path / "repo").rglob("*") if p.is_file()}
     assert names == {
@@ -68,9 +71,74 @@ def test_a_repo_is_complete(tmp_path):
     snippet = (
         card.text.split("```python\n")[1].split("```")[0].replace("pipeline()", "pipeline(num_inference_steps=2)")
     )
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     exec(compile(snippet, "snippet", "exec"), {})
     assert Image.open(tmp_path / "sample.png").size == (8, 8)
+
+
+@pytest.mark.parametrize("kind", ["self_contained", "classes", "stock"])
+def test_the_snippet_fits_the_pipeline(tmp_path, kind, monkeypatch):
+    pipeline = make(num_class_embeds=3 if kind == "classes" else None)
+    if kind == "stock":
+        pipeline = DDIMPipeline(pipeline.unet, DDIMScheduler())
+    folder = tmp_path / 'a "quoted" repo'
+    save_repo(pipeline, folder, card=RepoCard(method="A method"), self_contained=kind == "self_contained")
+    snippet = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert ("import diffusers_ext" in snippet) is (kind != "stock")
+    assert ("trust_remote_code=True" in snippet) is (kind == "self_contained")
+    assert ("class_labels=0" in snippet) is (kind == "classes")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "snippet", "exec"), {})  # as printed
+    assert Image.open("sample.png").size == (8, 8)
+
+
+def test_a_card_holds_any_text():
+    text = 'one: "two" | three\n---\nfour'
+    card = RepoCard(
+        method=text, license="other", tags=[text], base_model="org/base", results={text: text, "loss": 0.123456},
+        notes=["first\n\nsecond"], arguments={"folder": tempfile.gettempdir, "text": text + "\n```\n"},
+    ).model_card("org/name")  # fmt: skip
+    assert card.data.tags == ["diffusers", text]  # the YAML is whole
+    assert card.data.base_model == "org/base"
+    lines = card.text.splitlines()
+    assert '# one: "two" | three --- four' in lines
+    assert '| one: "two" \\| three --- four | one: "two" \\| three --- four |' in lines
+    assert "| loss | 0.1235 |" in lines
+    assert [line for line in lines if line.startswith(">")] == ["> first", ">", "> second"]
+    code = card.text.split("```json\n")[1].split("\n```")[0]
+    assert json.loads(code)["text"] == text + "\n```\n"
+
+
+def test_the_card_loads_the_repo_once_it_is_pushed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = 'from_pretrained("runs/model", trust_remote_code=True)\nfrom_pretrained("org/base")'
+    expected = 'from_pretrained("org/name", trust_remote_code=True)\nfrom_pretrained("org/base")'
+    for folder in (Path("runs/model"), tmp_path / "runs" / "model"):  # however the folder is called
+        assert fill_in_repo_id(text, folder, "org/name") == expected
+    assert fill_in_repo_id(text, tmp_path / "other", "org/name") == text
+
+
+def test_an_interrupted_save_keeps_each_part_whole(tmp_path, monkeypatch):
+    folder = save_repo(make(0), tmp_path / "repo")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    rename = Path.rename
+
+    def stop(self, target):
+        if ".save-" in str(self) and self.name == "scheduler":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises(KeyboardInterrupt):
+        save_repo(make(1), folder)
+    monkeypatch.undo()
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before  # nothing temporary either
+    # What a killed process leaves behind does not disturb the next save.
+    (folder / "unet").rename(folder / ".unet-old.tmp")
+    save_repo(make(1), folder)
+    assert {p.relative_to(folder).parts[0] for p in folder.iterdir()} == {
+        "model_index.json", "pipeline.py", "scheduler", "unet",
+    }  # fmt: skip
 
 
 def test_a_failed_save_leaves_the_earlier_content(tmp_path, monkeypatch):
