@@ -1,7 +1,7 @@
 """Writes the tables of measured results in README.md from the JSON files under benchmarks/results.
 
-    python benchmarks/report.py           # rewrites them
-    python benchmarks/report.py --check   # fails if they differ
+python benchmarks/report.py           # rewrites them
+python benchmarks/report.py --check   # fails if they differ
 """
 
 import argparse

@@ -30,7 +30,7 @@ __all__ = ["PANELS", "run_demo"]
 
 MODEL = Path(__file__).parent / "assets" / "digits-flow"
 STEPS = 16  # sampling steps
-COUNT = 512  # images behind each Frechet distance
+COUNT = 256  # images behind each Frechet distance
 
 
 def titled(panels: dict[str, Image.Image], scale: int = 2) -> Image.Image:
