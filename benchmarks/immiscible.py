@@ -252,6 +252,7 @@ def plot(curves, data, objective, path):
     axes[0].set(xlabel="training steps", ylabel="Frechet distance", title=f"{nfe} sampling steps", yscale="log")
     axes[1].set(xlabel="sampling steps", title="after training", xscale="log", yscale="log")
     axes[1].set_xticks(NFES[objective], NFES[objective])
+    axes[1].minorticks_off()
     axes[0].legend()
     figure.suptitle(f"{data}, {objective}: mean of {len(by_seed)} seeds, band min to max")
     figure.savefig(path, dpi=90)

@@ -58,7 +58,7 @@ def test_all_sources_agree(sources, arrays, name):
 @pytest.mark.parametrize("name", ["folder", "saved", "parquet"])
 def test_streams_give_the_same_samples_at_any_world_size_and_start(sources, name, monkeypatch):
     # `datasets` sleeps this long whenever a parquet stream ends.
-    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
     stream = load_images(train_data_dir=str(sources / name), resolution=8, streaming=True, random_flip=True)
 
     def read(**kwargs):
