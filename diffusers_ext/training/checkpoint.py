@@ -172,10 +172,13 @@ def load_checkpoint(
             f"parameters differ, first {differing[0]!r} with shape {found.get(differing[0])} in the checkpoint and "
             f"{expected.get(differing[0])} here."
         )
+    # The length of a run matters to a decaying learning rate only.
+    constant = str(config.get("lr_scheduler")).startswith("constant")
+    unrelated = UNRELATED | ({"max_train_steps", "num_train_epochs"} if constant else set())
     changed = [
         f"{name} ({manifest['config'][name]!r} -> {config[name]!r})"
         for name in config
-        if name not in UNRELATED and name in manifest["config"] and manifest["config"][name] != config[name]
+        if name not in unrelated and name in manifest["config"] and manifest["config"][name] != config[name]
     ]
     if manifest["world"] != accelerator.num_processes:
         changed.append(f"number of processes ({manifest['world']} -> {accelerator.num_processes})")

@@ -1,14 +1,17 @@
 """Arguments: the command line, configuration files, and every refusal."""
 
+import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from PIL import Image
 
-from diffusers_ext import ImmiscibleConfig, parse_config
+from diffusers_ext import DenoisingConfig, ImmiscibleConfig, parse_config
 
-from .tiny import make_config, run, write_data
+from .tiny import UNET, make_config, run, write_data
 
 BASE = ["--train_data_dir", "photos", "--max_train_steps", "10"]
 
@@ -72,6 +75,12 @@ def test_refuses_unknown_names_with_the_nearest(tmp_path, capsys):
         ({"prediction_type": "flow", "snr_gamma": 5.0}, "`snr_gamma` must be left out"),
         ({"prediction_type": "epsilon", "timestep_sampling": "logit_normal"}, "`timestep_sampling` must be 'uniform'"),
         ({"pretrained_model_name_or_path": "x"}, "`unet_config` must be left out"),
+        ({"pretrained_model_name_or_path": "x", "unet_config": None, "vae": "y"}, "`vae` must be left out"),
+        ({"validation_steps": 1, "num_validation_images": 0}, "`num_validation_images` must be .* got 0"),
+        ({"streaming": True, "dataloader_num_workers": 2}, "`dataloader_num_workers` must be 0 or 1 .*got 2"),
+        ({"push_to_hub": True, "hub_model_id": "a/b/c"}, "`hub_model_id` must be given .*got 'a/b/c'"),
+        ({"seed": 2**64}, r"`seed` must be an integer in 0\.\."),
+        ({"max_train_samples": -1}, "`max_train_samples` must be an integer >= 1 or left out, got -1"),
     ],
 )
 def test_bad_values_are_refused_when_the_configuration_is_made(tmp_path, changes, message):
@@ -107,3 +116,105 @@ def test_an_empty_folder_and_a_corrupt_image_are_refused(tmp_path):
     (tmp_path / "images" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
     with pytest.raises(ValueError, match=r"broken\.png"):
         run(data, tmp_path / "out", train_data_dir=str(tmp_path / "images"))
+
+
+def named(kind):
+    hints = ((f.name, str(f.type).split(" | ")[0]) for f in dataclasses.fields(DenoisingConfig))
+    return [name for name, hint in hints if hint == kind]
+
+
+# Read now: the parser replaces the annotations of the fields by types.
+INTEGERS, FLOATS, TEXTS, SWITCHES = (named(kind) for kind in ("int", "float", "str", "bool"))
+
+
+@pytest.mark.parametrize("name", [*INTEGERS, *FLOATS])
+def test_every_number_refuses_what_is_none(name):
+    bad = [float("nan"), float("inf"), -float("inf"), "3", True, [1], -1, *([1.5] if name in INTEGERS else [])]
+    for value in bad:
+        with pytest.raises(ValueError, match=f"`{name}` must be .*got {re.escape(repr(value))}"):
+            DenoisingConfig(**{"train_data_dir": "x", "max_train_steps": 1, name: value})
+
+
+@pytest.mark.parametrize("name", [*TEXTS, *SWITCHES])
+def test_every_text_and_switch_refuses_other_types(name):
+    for value in (5, "" if name in TEXTS else "yes"):
+        with pytest.raises(ValueError, match=f"`{name}` must be .*got {value!r}"):
+            DenoisingConfig(**{"train_data_dir": "x", "max_train_steps": 1, name: value})
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers_ext.training.config.get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(
+        ValueError, match=r"`report_to` must be an installed package \(pip install wandb\), got 'wandb'"
+    ):
+        make_config(tmp_path, tmp_path, report_to="tensorboard,wandb")
+
+
+def test_configuration_files_refuse_lists_and_bad_syntax_in_one_line(tmp_path, capsys, monkeypatch):
+    (tmp_path / "list.yaml").write_text("learning_rate: [1, 2]\n")
+    (tmp_path / "broken.yaml").write_text("a: [\n")
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "number.yaml").write_text("7\n")
+    (tmp_path / "minus.yaml").write_text("learning_rate: -1\n")
+    for file, message in {
+        "list.yaml": "`learning_rate` in .*list.yaml must be a single value, got the list",
+        "broken.yaml": "`config` must be a YAML or JSON file, got .*broken.yaml",
+        "broken.json": "`config` must be a YAML or JSON file, got .*broken.json",
+        "number.yaml": "`config` must hold a mapping of argument names to values, got int",
+        "minus.yaml": "`learning_rate` must be a number > 0, got -1.0",
+    }.items():
+        words = ["--config", str(tmp_path / file), *BASE]
+        with pytest.raises(ValueError, match=message):
+            parse_config(ImmiscibleConfig, words)
+        monkeypatch.setattr("sys.argv", ["train", *words])
+        with pytest.raises(SystemExit):
+            parse_config(ImmiscibleConfig)
+        assert re.search(f"error: {message}", capsys.readouterr().err)
+
+
+def test_output_folders_that_cannot_be_written_are_refused_before_training(tmp_path):
+    data = write_data(tmp_path / "data")
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nowhere"):
+        with pytest.raises(ValueError, match=f"`output_dir` must be a folder to write into, got '{folder}'"):
+            run(data, folder)
+
+
+def test_bad_files_are_refused_before_training(tmp_path):
+    data = write_data(tmp_path / "data")
+    whole = (data / "data.npz").read_bytes()
+    (data / "short.npz").write_bytes(whole[: len(whole) // 2])
+    (data / "words.json").write_text("[1]")
+    (data / "odd.json").write_text(json.dumps({**UNET, "block_out_channels": [3, 8]}))
+    Dataset.from_dict({"text": ["a", "b"]}).to_parquet(str(data / "text.parquet"))
+    for changes, message in [
+        ({"train_data_dir": str(data / "short.npz")}, "`train_data_dir` must be a NumPy file"),
+        ({"train_data_dir": str(data / "text.parquet")}, r"`image_column` must be one of the columns \['text'\]"),
+        ({"train_data_dir": str(data / "text.parquet"), "image_column": "text"}, "images cannot be read"),
+        ({"unet_config": str(data / "words.json")}, "`unet_config` must be a JSON object"),
+        ({"unet_config": str(data / "odd.json")}, "`unet_config` must describe a `UNet2DModel`"),
+        ({"vae": "/nowhere"}, "`vae` must be a Hub repo or a folder .*'/nowhere'"),
+        (
+            {"unet_config": None, "pretrained_model_name_or_path": "/nowhere"},
+            "`pretrained_model_name_or_path` must be",
+        ),
+        ({"num_train_timesteps": 1}, "`validation_inference_steps` must be at most the schedule's 1 timesteps, got 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(data, tmp_path / "out", **changes)
+    np.savez(data / "plain.npz", images=np.zeros((8, 8, 8), np.uint8))
+    with pytest.raises(ValueError, match="`label_column` must name a column of class labels for `class_conditional`"):
+        run(data, tmp_path / "out", train_data_dir=str(data / "plain.npz"), class_conditional=True)
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_a_pretrained_model_must_fit(tmp_path):
+    data = write_data(tmp_path / "data")
+    run(data, tmp_path / "first", max_train_steps=1)
+    common = {"unet_config": None, "pretrained_model_name_or_path": str(tmp_path / "first")}
+    with pytest.raises(ValueError, match="`channels` must be 1, as the model takes, got 3"):
+        run(data, tmp_path / "out", channels=3, **common)
+    with pytest.raises(ValueError, match="`prediction_type` must be 'epsilon'.*got 'flow'"):
+        run(data, tmp_path / "out", prediction_type="flow", **common)
+    with pytest.raises(ValueError, match="`class_conditional` must be False"):
+        run(data, tmp_path / "out", class_conditional=True, **common)

@@ -1,5 +1,6 @@
 """Two gloo processes on the CPU, forked by accelerate; every run asserts that there are two."""
 
+import errno
 import json
 
 import pytest
@@ -127,3 +128,39 @@ def _sharded(folder):
 def test_sharded_average_saves_and_loads_whole_tensors(tmp_path):
     debug_launcher(_sharded, args=(tmp_path,), num_processes=2)
     assert {p.name for p in tmp_path.iterdir()} == {"ok0", "ok1"}
+
+
+def _disk_full_on_one(data, folder, rank):
+    """Two processes, of which one cannot write its part of checkpoint 4."""
+    from diffusers_ext.training.checkpoint import CheckpointError
+
+    state = two_process_state()
+    from accelerate import Accelerator
+
+    original = Accelerator.save_state
+
+    def save_state(self, path):
+        if path.endswith("checkpoint-4.tmp") and self.process_index == rank:
+            (folder / "checkpoint-4.tmp" / "half").write_bytes(b"0")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, path)
+
+    Accelerator.save_state = save_state
+    with pytest.raises(CheckpointError, match="newest whole checkpoint is .*checkpoint-2") as caught:
+        run(data, folder, checkpointing_steps=2)
+    said = "No space left on device" if state.process_index == rank else "another process failed"
+    assert said in str(caught.value)
+    (folder / f"refused{state.process_index}").touch()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_of_one_process_fails_both_and_the_previous_checkpoint_resumes(data, tmp_path, rank):
+    whole = two(data, tmp_path / "whole")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    debug_launcher(_disk_full_on_one, args=(data, folder, rank), num_processes=2)
+    assert {p.name for p in folder.glob("refused*")} == {"refused0", "refused1"}
+    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    resumed = two(data, folder, resume_from_checkpoint="latest")
+    assert resumed[0]["losses"] == whole[0]["losses"][2:]
+    assert_weights(tmp_path / "whole", folder, atol=0, rtol=0)

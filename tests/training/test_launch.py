@@ -84,7 +84,7 @@ def assert_equal(first, second):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# -- launchers on the CPU ----------------------------------------------------------------------------------------------
+# -- launchers on the CPU ------------------------------------------------------------------------------------
 
 
 def test_accelerate_launch_leaves_a_complete_repo(tmp_path):
@@ -144,7 +144,7 @@ def test_sigterm_to_torchrun_saves_on_both_ranks_and_the_same_command_resumes(tm
     assert len(losses[0]) == 40
 
 
-# -- the Hub -----------------------------------------------------------------------------------------------------------
+# -- the Hub -------------------------------------------------------------------------------------------------
 
 
 def test_push_to_hub_by_the_script_and_load_from_an_empty_cache(tmp_path):
@@ -177,7 +177,7 @@ def test_push_to_hub_by_the_script_and_load_from_an_empty_cache(tmp_path):
         assert_equal(loaded_elsewhere("org/name", tmp_path, **reader), weights(out))
 
 
-# -- shipped configurations --------------------------------------------------------------------------------------------
+# -- shipped configurations ----------------------------------------------------------------------------------
 
 KINDS = {
     "ddp": DistributedType.MULTI_GPU,

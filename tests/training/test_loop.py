@@ -3,16 +3,18 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from diffusers_ext import ImmiscibleRecipe, StepRNG, Trainer
 from diffusers_ext.data.sampler import PositionalBatchSampler, SeededDataset
 from diffusers_ext.training.weights import Ema
+from tests.conftest import reset_accelerate
 
 from .tiny import UNET, make_config, run, weights, write_data
 
@@ -97,6 +99,7 @@ def test_validation_and_logging_do_not_disturb_training(data, tmp_path):
     assert sorted(p.name for p in (tmp_path / "watched" / "samples").iterdir()) == [
         f"step-{s:07d}.png" for s in (2, 4, 6)
     ]
+    assert list((tmp_path / "watched" / "logs").rglob("events.out.tfevents.*"))
 
 
 def test_accumulation_equals_one_large_batch_with_sample_scope(data, tmp_path):
@@ -135,11 +138,9 @@ def test_kinds_of_training_leave_a_repo_that_samples(data, tmp_path, changes):
     assert pipeline.config.image_scale == changes.get("image_scale", 1.0)
 
 
-def test_latent_training_scales_as_the_vae_says(data, tmp_path):
-    from diffusers import AutoencoderKL
-
+def make_vae():
     torch.manual_seed(0)
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         in_channels=1,
         out_channels=1,
         latent_channels=2,
@@ -149,6 +150,10 @@ def test_latent_training_scales_as_the_vae_says(data, tmp_path):
         norm_num_groups=2,
         scaling_factor=0.5,
     )
+
+
+def test_latent_training_scales_as_the_vae_says(data, tmp_path):
+    vae = make_vae()
     vae.save_pretrained(tmp_path / "vae")
     _, _, trainer = run(data, tmp_path / "out", vae=str(tmp_path / "vae"))
     batch = {"pixel_values": torch.rand(400, 1, 8, 8) * 2 - 1}
@@ -162,6 +167,59 @@ def test_latent_training_scales_as_the_vae_says(data, tmp_path):
     assert error.max() < 4.5
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.vae.config.scaling_factor == 0.5
+    assert all(torch.equal(value, vae.state_dict()[name]) for name, value in pipeline.vae.state_dict().items())
+    pipeline.set_progress_bar_config(disable=True)
+    common = {"batch_size": 2, "num_inference_steps": 2}
+    latents = pipeline(**common, output_type="latent", generator=torch.Generator().manual_seed(0)).images
+    images = pipeline(**common, output_type="pt", generator=torch.Generator().manual_seed(0)).images
+    assert latents.shape == (2, 2, 4, 4)
+    with torch.no_grad():
+        decoded = vae.decode(latents / 0.5).sample
+    torch.testing.assert_close(images, (decoded / 2 + 0.5).clamp(0, 1))
+
+
+def test_bf16_keeps_trained_weights_in_fp32_and_frozen_ones_in_bf16(data, tmp_path):
+    make_vae().save_pretrained(tmp_path / "vae")
+    _, record, trainer = run(data, tmp_path / "out", vae=str(tmp_path / "vae"), mixed_precision="bf16")
+    assert {p.dtype for p in trainer.ctx.modules.frozen["vae"].parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in trainer.ctx.modules.trainable.parameters()} == {torch.float32}
+    assert {value.dtype for value in weights(tmp_path / "out").values()} == {torch.float32}
+    reset_accelerate()  # its precision is set once a process
+    _, plain, _ = run(data, tmp_path / "plain", vae=str(tmp_path / "vae"))
+    assert record.losses != plain.losses
+    assert record.losses == pytest.approx(plain.losses, rel=0.05)
+
+
+def test_guidance_moves_between_the_null_class_and_the_class(data, tmp_path):
+    run(data, tmp_path, class_conditional=True, label_dropout=0.5, max_train_steps=12)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.config.null_class_label == 3
+    assert pipeline.unet.config.num_class_embeds == 4
+    latents = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def draw(label, scale):
+        return pipeline(
+            class_labels=[label], guidance_scale=scale, latents=latents, num_inference_steps=1, output_type="latent"
+        ).images
+
+    # One step is linear in the prediction: null + w (class - null).
+    null, conditional = draw(3, 1.0), draw(0, 1.0)
+    assert not torch.equal(null, conditional)
+    torch.testing.assert_close(draw(0, 3.0), null + 3 * (conditional - null), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow"])
+def test_every_prediction_learns_a_single_image(tmp_path, prediction_type):
+    """Of one image repeated, the loss falls far below the best constant guess."""
+    data = write_data(tmp_path / "data")
+    np.savez(data / "data.npz", images=np.full((64, 8, 8), 255, np.uint8))
+    _, record, _ = run(
+        data, tmp_path / "out", prediction_type=prediction_type, max_train_steps=120, learning_rate=1e-2,
+        train_batch_size=16, num_validation_images=0,
+    )  # fmt: skip
+    first, last = (sum(part) / 10 for part in (record.losses[:10], record.losses[-10:]))
+    assert last < 0.5 * first
 
 
 def test_fine_tuning_starts_from_the_pretrained_weights(data, tmp_path):

@@ -153,3 +153,49 @@ def test_the_command_line_run_survives_sigterm(data, tmp_path, uninterrupted):
     subprocess.run([*command, *script], check=True, capture_output=True, text=True)
     losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
     assert_same(tmp_path / "out", losses, uninterrupted)
+
+
+def test_refuses_unfinished_and_damaged_checkpoints(data, tmp_path):
+    import shutil
+
+    run(data, tmp_path / "out", max_train_steps=2)
+    whole = tmp_path / "out" / "checkpoint-2"
+    for damage in ("model.safetensors", "optimizer.bin", "engine_state.pt", "manifest.json"):
+        broken = tmp_path / damage / "checkpoint-2"
+        shutil.copytree(whole, broken)
+        content = (broken / damage).read_bytes()
+        (broken / damage).write_bytes(content[: len(content) // 2])
+        with pytest.raises(ValueError, match="`resume_from_checkpoint` must be a whole checkpoint"):
+            run(data, tmp_path / "out", resume_from_checkpoint=str(broken))
+    shutil.copytree(whole, tmp_path / "out" / "checkpoint-3.tmp")
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` must be 'latest' or a finished folder"):
+        run(data, tmp_path / "out", resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3.tmp"))
+
+
+def resume(data, folder, message, **changes):
+    """Resumes and returns the recorded callback and the trainer; the changed settings are warned about."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, record, trainer = run(data, folder, resume_from_checkpoint="latest", **changes)
+    assert any(message in str(w.message) for w in caught)
+    return record, trainer
+
+
+def test_an_average_switched_on_at_a_resume_starts_from_the_loaded_weights(data, tmp_path):
+    run(data, tmp_path, max_train_steps=3, use_ema=False)
+    before = weights(tmp_path)
+    resume(data, tmp_path, "use_ema (False -> True)", max_train_steps=3)
+    assert all(torch.equal(before[name], value) for name, value in weights(tmp_path).items())
+    _, trainer = resume(data, tmp_path, "use_ema (False -> True)", max_train_steps=4)
+    assert trainer.ema.optimization_step == 1
+    resume(data, tmp_path, "use_ema (True -> False)", max_train_steps=5, use_ema=False)
+
+
+def test_a_changed_rate_and_schedule_count_from_the_resume_on(data, tmp_path):
+    run(data, tmp_path, max_train_steps=4)
+    record, trainer = resume(data, tmp_path, "learning_rate (0.001 -> 0.0005)", max_train_steps=6, learning_rate=5e-4)
+    assert record.rates == [5e-4, 5e-4]
+    record, _ = resume(
+        data, tmp_path, "lr_scheduler ('constant' -> 'linear')", max_train_steps=10, lr_scheduler="linear"
+    )
+    assert record.rates == pytest.approx([1e-3 * (10 - step) / 10 for step in range(7, 11)])
