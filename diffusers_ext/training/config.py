@@ -39,7 +39,8 @@ def check_types(config: Any) -> None:
     """
     accepted = {int: "an integer", float: "a finite number", str: "a text that is not empty", bool: "True or False"}
     for name, hint in get_type_hints(type(config)).items():
-        value, kinds = getattr(config, name), get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        value: Any = getattr(config, name)
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         kind = kinds[0]
         if value is None and type(None) in kinds:
             continue
@@ -47,10 +48,10 @@ def check_types(config: Any) -> None:
             choices = list(get_args(kind))
             require(type(value) in map(type, choices) and value in choices, name, value, f"one of {choices}")
         elif kind is float:
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            require(number and math.isfinite(value), name, value, accepted[kind])
+            number = math.isfinite(value) if isinstance(value, int | float) else False
+            require(number and not isinstance(value, bool), name, value, accepted[kind])
         elif kind in accepted:
-            require(type(value) is kind and (kind is not str or value.strip() != ""), name, value, accepted[kind])
+            require(type(value) is kind and str(value).strip() != "", name, value, accepted[kind])
 
 
 @dataclass

@@ -149,7 +149,7 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
     def dataset(self, ctx: Context[ConfigT]) -> Any:
         """Loads the images; see `load_images`."""
         config = self.config
-        self.data = data = load_images(
+        data: Any = load_images(
             config.dataset_name,
             train_data_dir=config.train_data_dir,
             dataset_config_name=config.dataset_config_name,
@@ -169,6 +169,7 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
             )
         if not config.streaming and ctx.accelerator.is_main_process:
             data.verify()
+        self.data = data
         return data
 
     # -- modules ---------------------------------------------------------------------------------------------------
@@ -183,21 +184,23 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
             unet, scheduler = self._new_unet(vae), self._new_scheduler()
         self._check_size(unet, vae)
         self.noise = config.make_noise()
+        schedule: Any = scheduler.config
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            self.objective = FlowMatching(scheduler.config.num_train_timesteps)
+            self.objective = FlowMatching(schedule.num_train_timesteps)
             logit_normal = config.timestep_sampling == "logit_normal"
             self.timesteps = LogitNormalTimesteps() if logit_normal else UniformTimesteps(None)
         else:
-            length, steps = scheduler.config.num_train_timesteps, config.validation_inference_steps
+            length, steps = schedule.num_train_timesteps, config.validation_inference_steps
             require(steps <= length, "validation_inference_steps", steps, f"at most the schedule's {length} timesteps")
             weighting = "none" if config.snr_gamma is None else "min_snr"
             self.objective = EpsX0V(scheduler, weighting, config.snr_gamma or 5.0)
-            self.timesteps = UniformTimesteps(scheduler.config.num_train_timesteps)
+            self.timesteps = UniformTimesteps(length)
         return Modules(unet, scheduler, {} if vae is None else {"vae": vae})
 
     def _pretrained(self, name: str) -> tuple[Any, Any, Any]:
         pipeline = _loaded("pretrained_model_name_or_path", DiffusionPipeline, name)
-        unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
+        unet: Any = getattr(pipeline, "unet", None)
+        scheduler: Any = getattr(pipeline, "scheduler", None)
         if not isinstance(unet, UNet2DModel):
             raise ValueError(
                 f"`pretrained_model_name_or_path` must be a pipeline with a `UNet2DModel`, got {name!r} with "
@@ -211,16 +214,14 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
         require(self.image_scale in (1.0, scale), "image_scale", self.image_scale, f"{scale}, as {name!r} was trained")
         self.image_scale = scale
         self.null_class_label = getattr(pipeline.config, "null_class_label", None)
-        if bool(unet.config.num_class_embeds) != self.config.class_conditional:
-            raise ValueError(
-                f"`class_conditional` must be {bool(unet.config.num_class_embeds)} as in {name!r}, got "
-                f"{self.config.class_conditional}."
-            )
+        classes = bool(getattr(unet.config, "num_class_embeds", None))
+        conditional = self.config.class_conditional
+        require(classes == conditional, "class_conditional", conditional, f"{classes} as in {name!r}")
         if not flow and not isinstance(scheduler, DDIMScheduler):
             scheduler = DDIMScheduler.from_config(scheduler.config)
         return unet, scheduler, getattr(pipeline, "vae", None)
 
-    def _new_unet(self, vae: AutoencoderKL | None) -> UNet2DModel:
+    def _new_unet(self, vae: Any) -> UNet2DModel:
         config = self.config
         arguments: dict[str, Any] = {}
         if config.unet_config is not None:
@@ -260,7 +261,7 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
             timestep_spacing="trailing",
         )
 
-    def _check_size(self, unet: UNet2DModel, vae: AutoencoderKL | None) -> None:
+    def _check_size(self, unet: Any, vae: Any) -> None:
         factor = 2 ** (len(unet.config.block_out_channels) - 1)
         if vae is not None:
             factor *= 2 ** (len(vae.config.block_out_channels) - 1)
@@ -349,8 +350,8 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
         kind = predicted.get(config.prediction_type or "epsilon", "the noise")
         return RepoCard(
             method="Image flow matching" if config.prediction_type == "flow" else "Image diffusion",
-            description=f"Generates images of {config.resolution}x{config.resolution} pixels. Its UNet predicts {kind} "
-            f"and was trained with {config.noise} noise.",
+            description=f"Generates images of {config.resolution}x{config.resolution} pixels. Its UNet predicts "
+            f"{kind} and was trained with {config.noise} noise.",
             data=self.data.description,
             tags=["diffusers-ext", "unconditional-image-generation"],
             base_model=config.pretrained_model_name_or_path,

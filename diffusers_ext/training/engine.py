@@ -28,7 +28,7 @@ from diffusers_ext.hub.repo import push_repo, save_repo
 
 from .callbacks import Callback, default_callbacks, image_grid
 from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from .config import TrainConfig
+from .config import TrainConfig, require
 from .recipe import Context, Modules, Recipe
 from .rng import StepRNG, mix
 from .signals import StopSignals
@@ -145,7 +145,7 @@ class Trainer:
         self.accelerator = accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_plugin=accumulation,
-            log_with=config.trackers or None,
+            log_with=[*config.trackers] or None,
             project_config=ProjectConfiguration(
                 project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"
             ),
@@ -177,22 +177,17 @@ class Trainer:
         config, world = self.config, self.accelerator.num_processes
         self._micro_batch = config.train_batch_size * world
         self._streaming = getattr(self.dataset, "streaming", False)
+        update = self._micro_batch * config.gradient_accumulation_steps
         if not self._streaming:
-            # Raises if one update needs more samples than there are.
-            sampler = PositionalBatchSampler(
-                len(self.dataset),
-                config.train_batch_size,
-                world=world,
-                accumulation=config.gradient_accumulation_steps,
-            )
+            fits = f"small enough for an update of {update} samples in all from the data's {len(self.dataset)}"
+            require(update <= len(self.dataset), "train_batch_size", config.train_batch_size, fits)
         if config.max_train_steps is not None:
             self.total_steps = config.max_train_steps
         elif self._streaming:
             raise ValueError("`max_train_steps` must be given with `streaming`: the length of an epoch is not known.")
         else:
             assert config.num_train_epochs is not None
-            epoch = sampler.micro_steps_per_epoch // config.gradient_accumulation_steps
-            self.total_steps = config.num_train_epochs * epoch
+            self.total_steps = config.num_train_epochs * (len(self.dataset) // update)
         config.check_warmup(self.total_steps)
 
     def _prepare(self) -> None:
@@ -207,8 +202,8 @@ class Trainer:
         )
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             # DeepSpeed reads the batch size off a prepared loader; ours is positional and not prepared.
-            deepspeed = accelerator.state.deepspeed_plugin.deepspeed_config
-            deepspeed["train_micro_batch_size_per_gpu"] = config.train_batch_size
+            plugin: Any = accelerator.state.deepspeed_plugin
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.train_batch_size
         self.model, self.optimizer = accelerator.prepare(trainable, optimizer)
         self.ctx.model = self.model
         # Not prepared: accelerate would step it once per process.
@@ -294,7 +289,7 @@ class Trainer:
             ctx.ids = range(first, first + config.train_batch_size)
             ctx.step = self.step
             self.rng.begin(self._micro_step)
-            batch = send_to_device(batch, accelerator.device, non_blocking=True)
+            batch: Any = send_to_device(batch, accelerator.device, non_blocking=True)
             with accelerator.accumulate(self.model):
                 output = self.recipe.training_step(batch, ctx)
                 accelerator.backward(output.loss)

@@ -112,7 +112,8 @@ class EpsX0V(Objective):
                 "`scheduler.config.prediction_type` must be 'epsilon', 'sample' or 'v_prediction', got "
                 f"{self.prediction_type!r}."
             )
-        self.scheduler, self.weighting, self.snr_gamma = scheduler, weighting, snr_gamma
+        self.scheduler, self.snr_gamma = scheduler, snr_gamma
+        self.weighting: Weighting = weighting
 
     def make(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Objective.make`; `t` holds int timesteps `0..T-1`."""

@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import nn
 
 from diffusers_ext.hub.card import RepoCard
 
@@ -32,9 +31,9 @@ class Modules:
         frozen: further modules by name; the engine moves them to the device, in the precision of the run.
     """
 
-    trainable: nn.Module
+    trainable: Any
     scheduler: Any
-    frozen: dict[str, nn.Module] = field(default_factory=dict)
+    frozen: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
