@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 __all__ = ["ImageDataset", "ImageStream", "load_images"]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-SHUFFLE_BUFFER = 1000
 # Each process keeps decoded images until they take this many bytes.
 CACHE_BYTES = 256 * 2**20
 
@@ -140,11 +139,6 @@ class ImageDataset(_Images):
         """Returns the number of images."""
         return len(self._rows)
 
-    @property
-    def num_rows(self) -> int:
-        """Number of images."""
-        return len(self)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns `get(index)`; raises `IndexError` past the end, so that iteration ends."""
         if not 0 <= index < len(self):
@@ -205,13 +199,12 @@ class ImageStream(_Images):
     """Images in the order of a stream; made by `load_images(streaming=True)`."""
 
     streaming = True
-    num_rows = None  # known only at its end
 
     def __init__(self, rows: Any, **options: Any) -> None:
         super().__init__(**options)
         self._rows = rows
 
-    def epoch(self, seed: int, buffer_size: int = SHUFFLE_BUFFER) -> Iterator[dict[str, Any]]:
+    def epoch(self, seed: int, buffer_size: int) -> Iterator[dict[str, Any]]:
         """Yields undecoded rows, shuffled through a buffer of `buffer_size`."""
         yield from self._rows.shuffle(seed=seed, buffer_size=buffer_size)
 
@@ -249,7 +242,6 @@ def load_images(
     channels: int = 3,
     streaming: bool = False,
     max_train_samples: int | None = None,
-    cache_dir: str | None = None,
 ) -> ImageDataset | ImageStream:
     """Loads images for training.
 
@@ -270,7 +262,6 @@ def load_images(
         channels: 1 for grey, 3 for colour; images are converted, transparency is put on white.
         streaming: read in order instead of by index.
         max_train_samples: use only the first so many.
-        cache_dir: where `datasets` keeps what it prepares, by default its own place.
 
     Returns:
         A map-style data set, or a stream.
@@ -317,7 +308,7 @@ def load_images(
             label_column = label_column or "label"
             classes = [str(i) for i in range(int(columns["label"].max()) + 1)]
     else:
-        rows = _read(dataset_name, path, dataset_config_name, split, streaming, cache_dir)
+        rows = _read(dataset_name, path, dataset_config_name, split, streaming)
         rows, names, label_column, classes = _columns(rows, image_column, label_column, caption_column)
         if max_train_samples is not None:
             rows = rows.take(max_train_samples) if streaming else rows.select(range(min(max_train_samples, len(rows))))
@@ -375,13 +366,12 @@ def _read(
     config_name: str | None,
     split: str,
     streaming: bool,
-    cache_dir: str | None,
 ) -> Any:
     """Opens a split with `datasets`."""
     import datasets
     from datasets.data_files import DataFilesDict, get_data_patterns
 
-    options: dict[str, Any] = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
+    options: dict[str, Any] = {"split": split, "streaming": streaming}
     if path is None:
         return datasets.load_dataset(str(dataset_name), config_name, **options)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
