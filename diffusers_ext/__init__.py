@@ -28,15 +28,21 @@ _PUBLIC = {
     "metrics.features": ["ImageClassifierFeatures", "extract_features", "inception_features"],
     "metrics.frechet": ["GaussianStatistics", "frechet_distance"],
     "metrics.kernel": ["kernel_distance"],
+    "oms.analysis": ["SignalLeak", "signal_leak", "terminal_snr"],
+    "oms.pipeline": ["OMSPipeline"],
+    "oms.step": ["StartLevel", "oms_step", "start_latents", "start_level"],
+    "oms.unet": ["OMSUNet2DConditionModel", "OMSUNet2DModel"],
     "training.arguments": ["parse_config"],
     "training.callbacks": ["Callback"],
     "training.config": ["TrainConfig"],
     "training.denoising": ["DenoisingConfig", "DenoisingRecipe"],
     "training.engine": ["TrainResult", "Trainer"],
+    "training.images": ["ImageConfig"],
     "training.noise": ["GaussianNoise", "NoiseStrategy"],
     "training.objectives": ["EpsX0V", "FlowMatching"],
     "training.recipe": ["Modules", "Recipe", "Sample", "StepOutput"],
     "training.rng": ["StepRNG"],
+    "training.script": ["run_training"],
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -3,14 +3,7 @@
 accelerate launch training/train_immiscible.py --config training/configs/digits.yaml --train_data_dir FOLDER
 """
 
-from diffusers_ext import ImmiscibleConfig, ImmiscibleRecipe, Trainer, parse_config
-
-
-def main() -> None:
-    """Parses the arguments and trains."""
-    config = parse_config(ImmiscibleConfig)
-    Trainer(config, ImmiscibleRecipe(config)).train()
-
+from diffusers_ext import ImmiscibleRecipe, run_training
 
 if __name__ == "__main__":
-    main()
+    run_training(ImmiscibleRecipe)

@@ -35,8 +35,8 @@ class ImmiscibleConfig(DenoisingConfig):
     image_scale: float = described("Images are multiplied by this before diffusion; the papers use 2 and 4.", 1.0)
 
     def __post_init__(self) -> None:
-        require(self.image_scale > 0, "image_scale", self.image_scale, "a number > 0")
         super().__post_init__()
+        require(self.image_scale > 0, "image_scale", self.image_scale, "a number > 0")
 
     def make_noise(self) -> NoiseStrategy:
         """Makes the strategy from the arguments above, or from `noise_options` where they are given."""

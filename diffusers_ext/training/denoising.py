@@ -20,11 +20,11 @@ from diffusers import (
 )
 from PIL import Image
 
-from diffusers_ext.data.sources import load_images
 from diffusers_ext.generation.pipeline import ImageGenerationPipeline
 from diffusers_ext.hub.card import RepoCard
 
-from .config import TrainConfig, described, require
+from .config import described, require
+from .images import ImageConfig, image_dataset, to_latents
 from .noise import NOISE_STRATEGIES, NoiseStrategy, make_noise, offset_noise
 from .objectives import EpsX0V, FlowMatching, Objective
 from .recipe import Context, Modules, Recipe, Sample, StepOutput
@@ -34,24 +34,13 @@ __all__ = ["DenoisingConfig", "DenoisingRecipe"]
 
 
 @dataclass
-class DenoisingConfig(TrainConfig):
+class DenoisingConfig(ImageConfig):
     """Arguments of image denoisers beside the engine's.
 
     Raises:
         ValueError: an argument is outside its range, or two contradict each other.
     """
 
-    dataset_name: str | None = described("Data set on the Hub; or give --train_data_dir.")
-    dataset_config_name: str | None = described("Its configuration.")
-    train_data_dir: str | None = described("Folder of images, saved data set, parquet or .npz file.")
-    image_column: str = described("Column of images.", "image")
-    label_column: str | None = described("Column of class labels; by default the data set's own, if it declares one.")
-    resolution: int = described("Images are resized and cropped to this many pixels a side.", 64)
-    center_crop: bool = described("Crop the centre instead of a random place.", False)
-    random_flip: bool = described("Mirror half of the images.", False)
-    channels: Literal[1, 3] = described("1 trains on grey images, 3 on colour.", 3)
-    streaming: bool = described("Read the data set as a stream; a resume then replays it up to its position.", False)
-    max_train_samples: int | None = described("Use only the first so many images.")
     pretrained_model_name_or_path: str | None = described("Pipeline to fine-tune, a Hub repo or a folder.")
     unet_config: str | None = described("JSON file of `UNet2DModel` arguments for training from scratch.")
     vae: str | None = described("`AutoencoderKL` repo or folder: train in its latent space.")
@@ -71,21 +60,11 @@ class DenoisingConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.dataset_name is None) == (self.train_data_dir is None):
-            raise ValueError(
-                "exactly one of `dataset_name` and `train_data_dir` must be given, got "
-                f"{self.dataset_name!r} and {self.train_data_dir!r}."
-            )
         if self.pretrained_model_name_or_path is not None and self.unet_config is not None:
             raise ValueError("`unet_config` must be left out with `pretrained_model_name_or_path`: it brings its own.")
         if self.pretrained_model_name_or_path is not None and self.vae is not None:
             raise ValueError("`vae` must be left out with `pretrained_model_name_or_path`: it brings its own.")
-        if self.streaming:
-            workers = self.dataloader_num_workers
-            require(workers <= 1, "dataloader_num_workers", workers, "0 or 1 with `streaming`")
-        samples = self.max_train_samples
-        require(samples is None or samples >= 1, "max_train_samples", samples, "an integer >= 1 or left out")
-        for name in ("resolution", "num_train_timesteps", "validation_inference_steps"):
+        for name in ("num_train_timesteps", "validation_inference_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         require(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "a number in [0, 1)")
         require(self.noise_offset >= 0, "noise_offset", self.noise_offset, "a number >= 0")
@@ -149,26 +128,12 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
     def dataset(self, ctx: Context[ConfigT]) -> Any:
         """Loads the images; see `load_images`."""
         config = self.config
-        data: Any = load_images(
-            config.dataset_name,
-            train_data_dir=config.train_data_dir,
-            dataset_config_name=config.dataset_config_name,
-            image_column=config.image_column,
-            label_column=config.label_column,
-            resolution=config.resolution,
-            center_crop=config.center_crop,
-            random_flip=config.random_flip,
-            channels=config.channels,
-            streaming=config.streaming,
-            max_train_samples=config.max_train_samples,
-        )
+        data = image_dataset(config, verify=ctx.accelerator.is_main_process)
         if config.class_conditional and not data.num_classes:
             raise ValueError(
                 f"`label_column` must name a column of class labels for `class_conditional`, got "
                 f"{config.label_column!r}; the data has {data.column_names}."
             )
-        if not config.streaming and ctx.accelerator.is_main_process:
-            data.verify()
         self.data = data
         return data
 
@@ -290,9 +255,7 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
         x0 = batch["pixel_values"]
         vae = ctx.modules.frozen.get("vae")
         if vae is not None:
-            posterior = vae.encode(x0.to(ctx.weight_dtype)).latent_dist
-            latents = posterior.mean + posterior.std * ctx.rng.randn_like(posterior.mean, ctx.ids, stream="latents")
-            x0 = (latents.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+            x0 = to_latents(vae, x0, ctx.rng, ctx.ids, ctx.weight_dtype)
         x0 = x0 * self.image_scale if self.image_scale != 1.0 else x0
         if not self.config.class_conditional:
             return Sample(x0, labels=batch.get("label"))

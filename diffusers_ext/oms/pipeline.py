@@ -1,0 +1,350 @@
+"""One More Step in front of any Diffusers pipeline."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import Self
+
+from diffusers_ext.hub.loading import SafePipeline
+
+from . import base as bases
+from .published import is_published_format, load_published
+from .step import start_latents
+from .text import encode, find_encoders
+from .unet import OMSUNet2DConditionModel, OMSUNet2DModel
+
+__all__ = ["OMSPipeline"]
+
+
+class OMSPipeline(SafePipeline):
+    """Puts the step that the noise schedule forgot in front of a pipeline.
+
+    Schedules leave a trace of the image at their last step, but sampling starts from pure noise; so brightness and
+    colour stay near the mean. This pipeline computes the missing step with a small network of its own and hands the
+    result to the base pipeline as `latents`. The base is not changed; LoRA, ControlNet and any scheduler of a
+    variance-preserving schedule pass through.
+
+    Args:
+        oms_module: network of the step, `OMSUNet2DConditionModel` for text and `OMSUNet2DModel` for pixel models.
+        sd_pipeline: the base pipeline; it takes `latents` and starts from noise.
+        oms_text_encoder: text encoder of the module; by default the base's are used.
+        oms_tokenizer: its tokenizer.
+        oms_text_encoder_2: second encoder, joined to the first as in SDXL.
+        oms_tokenizer_2: its tokenizer.
+        vae_scaling_factor: scaling factor of the VAE whose latents the module was trained on; checked against the
+            base's. `None` leaves it unchecked.
+        vae_id: name of that VAE, for the record.
+        image_scale: what the images were multiplied by in training, for pixel bases that do so.
+
+    Raises:
+        ValueError: base and module do not fit; the message says what would.
+
+    Reference:
+        Hu et al., "One More Step: A Versatile Plug-and-Play Module for Rectifying Diffusion Schedule Flaws and
+        Enhancing Low-Frequency Controls", arXiv 2311.15744. The authors' code scales the noise of the step by the
+        variance instead of its root (`oms_legacy_variance=True`) and gives Euler-like schedulers the image part at the
+        wrong scale; we do neither.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import DDIMScheduler, UNet2DModel
+        >>> from diffusers_ext import ImageGenerationPipeline, OMSPipeline, OMSUNet2DModel
+        >>> config = dict(
+        ...     sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=2,
+        ...     down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+        ... )
+        >>> base = ImageGenerationPipeline(UNet2DModel(**config), DDIMScheduler())
+        >>> pipeline = OMSPipeline(OMSUNet2DModel(**config), base)
+        >>> for part in (base, pipeline):
+        ...     part.set_progress_bar_config(disable=True)
+        >>> pipeline(batch_size=2, num_inference_steps=2).images[0].size
+        (8, 8)
+    """
+
+    __module__ = "diffusers_ext"
+
+    model_cpu_offload_seq = "oms_text_encoder->oms_text_encoder_2->oms_module"
+    _optional_components = [
+        "sd_pipeline",
+        "oms_text_encoder",
+        "oms_tokenizer",
+        "oms_text_encoder_2",
+        "oms_tokenizer_2",
+    ]
+
+    # Diffusers annotates `config` as a dict.
+    oms_module: Any
+    sd_pipeline: Any
+
+    def __init__(
+        self,
+        oms_module: OMSUNet2DConditionModel | OMSUNet2DModel,
+        sd_pipeline: DiffusionPipeline | None = None,
+        oms_text_encoder: PreTrainedModel | None = None,
+        oms_tokenizer: PreTrainedTokenizerBase | None = None,
+        oms_text_encoder_2: PreTrainedModel | None = None,
+        oms_tokenizer_2: PreTrainedTokenizerBase | None = None,
+        vae_scaling_factor: float | None = None,
+        vae_id: str | None = None,
+        image_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            oms_module=oms_module,
+            sd_pipeline=sd_pipeline,
+            oms_text_encoder=oms_text_encoder,
+            oms_tokenizer=oms_tokenizer,
+            oms_text_encoder_2=oms_text_encoder_2,
+            oms_tokenizer_2=oms_tokenizer_2,
+        )
+        self.register_to_config(vae_scaling_factor=vae_scaling_factor, vae_id=vae_id, image_scale=image_scale)
+        if sd_pipeline is not None:
+            self._check_base(sd_pipeline)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        base: DiffusionPipeline | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Loads a module and puts it in front of `base`, or a whole pipeline where the repo holds its base too.
+
+        Args:
+            pretrained_model_name_or_path: Hub repo or folder, of this package or in the format of the published
+                modules (`h1t/oms_b_openclip_15_21`, `h1t/oms_b_openclip_xl`, `h1t/oms_l_mixclip_xl`).
+            base: the base pipeline.
+            **kwargs: as for `DiffusionPipeline.from_pretrained`; components given by name are not loaded, and
+                `oms_text_encoder=None` takes the base's text encoder.
+
+        Raises:
+            OSError: weights are missing, or not safetensors.
+            ValueError: module and base do not fit.
+        """
+        names = ("cache_dir", "force_download", "token", "local_files_only", "revision")
+        hub = {name: kwargs[name] for name in names if name in kwargs}
+        index: Any = cls.load_config(str(pretrained_model_name_or_path), **hub)
+        if is_published_format(index):
+            given = {name: kwargs.pop(name) for name in cls._get_signature_keys(cls)[0] if name in kwargs}
+            base = given.pop("sd_pipeline", base)
+            options = {"use_safetensors": True, **kwargs}
+            components = load_published(str(pretrained_model_name_or_path), index, given, **options)
+            return cls(sd_pipeline=base, **components)
+        if base is not None:
+            kwargs["sd_pipeline"] = base
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def _check_base(self, base: DiffusionPipeline) -> None:
+        """Raises `ValueError` unless the base takes latents of the module's space."""
+        bases.check_base(base)
+        unet, module = base.unet.config, self.oms_module.config  # type: ignore[attr-defined]
+        if unet.in_channels != module.in_channels:
+            raise ValueError(
+                f"`sd_pipeline` must have latents of {module.in_channels} channels as the module, got "
+                f"{unet.in_channels}."
+            )
+        vae = getattr(base, "vae", None)
+        factor = None if vae is None else vae.config.scaling_factor
+        trained, vae_id = self.config["vae_scaling_factor"], self.config["vae_id"]
+        if trained is not None and trained != factor:
+            raise ValueError(
+                f"`sd_pipeline` must have a VAE with the scaling factor {trained} that the module was trained on"
+                f"{f' ({vae_id})' if vae_id else ''}, got {factor}."
+            )
+        scale = base.config.get("image_scale", 1.0)
+        if self.config["image_scale"] not in (None, scale):
+            raise ValueError(
+                f"`sd_pipeline` must have the `image_scale` {self.config['image_scale']} of the module, got {scale}."
+            )
+
+    def check_inputs(self, guidance_scale: float, step: str, arguments: dict[str, Any]) -> None:
+        """Checks the arguments of a call.
+
+        Raises:
+            ValueError: an argument is wrong or contradicts another; the message names it.
+        """
+        if not guidance_scale >= 0:
+            raise ValueError(f"`oms_guidance_scale` must be a number >= 0, got {guidance_scale!r}.")
+        if step not in ("ddpm", "ddim"):
+            raise ValueError(f"`oms_step` must be 'ddpm' or 'ddim', got {step!r}.")
+        steps = arguments.get("num_inference_steps")
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"`num_inference_steps` must be an integer >= 1, got {steps!r}.")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        oms_prompt: str | list[str] | None = None,
+        oms_negative_prompt: str | list[str] | None = None,
+        oms_guidance_scale: float = 1.0,
+        oms_prompt_embeds: torch.Tensor | None = None,
+        oms_negative_prompt_embeds: torch.Tensor | None = None,
+        oms_class_labels: int | list[int] | torch.Tensor | None = None,
+        oms_step: Literal["ddpm", "ddim"] = "ddpm",
+        oms_legacy_variance: bool = False,
+        oms: bool = True,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Computes the first step, then calls the base pipeline.
+
+        Random numbers are drawn in the order: pure noise, the noise of the step, then the base's own.
+
+        Args:
+            prompt: what the base pipeline draws.
+            oms_prompt: what the added step is told, which moves brightness, colour and layout; by default `prompt`.
+            oms_negative_prompt: what its guidance leads away from, by default the empty text.
+            oms_guidance_scale: its guidance, 1 turns that off.
+            oms_prompt_embeds: `(prompts, tokens, cross_attention_dim)` instead of `oms_prompt`.
+            oms_negative_prompt_embeds: the same instead of `oms_negative_prompt`.
+            oms_class_labels: for modules with classes; by default the `class_labels` of the base.
+            oms_step: `"ddpm"` adds fresh noise, `"ddim"` goes on from the first.
+            oms_legacy_variance: scale that noise as the authors' code does.
+            oms: `False` calls the base pipeline alone.
+            generator: one generator, or one per image.
+            **kwargs: everything else goes to the base pipeline as it is; `latents` are the pure noise.
+
+        Returns:
+            What the base pipeline returns.
+
+        Raises:
+            ValueError: an argument is wrong, contradicts another, or is unknown to the base.
+        """
+        passed = {**kwargs, "generator": generator}
+        if prompt is not None:
+            passed["prompt"] = prompt
+        base = self.sd_pipeline
+        if base is None:
+            raise ValueError(
+                "`sd_pipeline` must be given: load with `OMSPipeline.from_pretrained(repo, base=pipeline)`."
+            )
+        if not oms:
+            return base(**passed)
+        self._check_base(base)  # again, for its scheduler may have been exchanged
+        arguments = bases.bind(base, passed)
+        self.check_inputs(oms_guidance_scale, oms_step, arguments)
+        count, per_prompt = bases.batch_size(arguments)
+        shape = (count * per_prompt, *bases.latent_shape(base, arguments))
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise ValueError(
+                f"`generator` must be one generator or a list of {shape[0]}, got a list of {len(generator)}."
+            )
+        negative = oms_guidance_scale != 1.0
+        if isinstance(self.oms_module, OMSUNet2DConditionModel):
+            condition = {
+                "encoder_hidden_states": self._text(
+                    count,
+                    per_prompt,
+                    oms_prompt if oms_prompt is not None else prompt,
+                    oms_prompt_embeds,
+                    (oms_negative_prompt or "", oms_negative_prompt_embeds) if negative else None,
+                )
+            }
+        else:
+            condition = {"class_labels": self._labels(arguments, shape[0], oms_class_labels, negative)}
+        level = bases.first_level(base, arguments)
+        device, dtype = base._execution_device, base.unet.dtype
+        noise = arguments.get("latents")
+        if noise is None:
+            noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        noise = noise.to(device)
+        with self.progress_bar(total=1) as progress_bar:  # pyright: ignore[reportCallIssue]
+            x0_hat = -self._predict(noise, condition, oms_guidance_scale)
+            fresh = noise
+            if oms_step == "ddpm":
+                fresh = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+            passed["latents"] = start_latents(x0_hat, fresh, level, oms_legacy_variance)
+            progress_bar.update()
+        self.maybe_free_model_hooks()
+        return base(**passed)
+
+    def _predict(self, noise: torch.Tensor, condition: dict[str, Any], guidance_scale: float) -> torch.Tensor:
+        """Returns the v-prediction at pure noise; with guidance both branches run as one batch."""
+        sample = noise.to(self.oms_module.dtype)
+        if guidance_scale == 1.0:
+            return self.oms_module(sample, **condition, return_dict=False)[0]
+        null, conditional = self.oms_module(torch.cat([sample, sample]), **condition, return_dict=False)[0].chunk(2)
+        return null + guidance_scale * (conditional - null)
+
+    def _text(
+        self,
+        count: int,
+        per_prompt: int,
+        prompt: str | list[str] | None,
+        embeds: torch.Tensor | None,
+        negative: tuple[str | list[str], torch.Tensor | None] | None,
+    ) -> torch.Tensor:
+        """Returns the text of every image, that of the null branch first where there is guidance."""
+        width, given = self.oms_module.config.cross_attention_dim, []
+        parts = [("oms_prompt", prompt, embeds)]
+        if negative is not None:
+            parts.insert(0, ("oms_negative_prompt", *negative))
+        for name, text, embedded in parts:
+            if embedded is None and text is None:
+                raise ValueError(f"`{name}` must be given where the base gets `prompt_embeds`, or `{name}_embeds`.")
+            if embedded is None:
+                texts = [text] * count if isinstance(text, str) else list(text)  # type: ignore[arg-type]
+                if len(texts) != count:
+                    raise ValueError(f"`{name}` must be one text or {count}, as many as prompts, got {len(texts)}.")
+                embedded = self._encode(texts)
+            elif embedded.ndim != 3 or embedded.shape[0] not in (1, count) or embedded.shape[2] != width:
+                raise ValueError(
+                    f"`{name}_embeds` must have the shape ({count}, tokens, {width}), got {tuple(embedded.shape)}."
+                )
+            given.append(embedded.expand(count, -1, -1).repeat_interleave(per_prompt, dim=0))
+        return torch.cat(given).to(self.oms_module.dtype)
+
+    def _encode(self, texts: list[str]) -> torch.Tensor:
+        own = [(self.oms_tokenizer, self.oms_text_encoder), (self.oms_tokenizer_2, self.oms_text_encoder_2)]
+        own = [(tokenizer, encoder) for tokenizer, encoder in own if encoder is not None]
+        encoders = find_encoders(own, self.sd_pipeline, self.oms_module.config.cross_attention_dim)
+        return encode(texts, encoders, self.sd_pipeline._execution_device)
+
+    def _labels(self, arguments: dict[str, Any], count: int, labels: Any, negative: bool) -> torch.Tensor | None:
+        """Returns the label of every image, the null label first where there is guidance."""
+        classes = self.oms_module.config.num_class_embeds
+        labels = arguments.get("class_labels") if labels is None else labels
+        if classes is None:
+            if negative:
+                raise ValueError("`oms_guidance_scale` must be 1 for a module without classes or text.")
+            return None
+        if labels is None:
+            raise ValueError("`oms_class_labels` must be given: the module has classes.")
+        device = self.sd_pipeline._execution_device
+        labels = torch.as_tensor([labels] if isinstance(labels, int) else labels, device=device)
+        if labels.ndim != 1 or len(labels) not in (1, count) or not 0 <= labels.min() <= labels.max() < classes:
+            raise ValueError(
+                f"`oms_class_labels` must be 1 or {count} labels in 0..{classes - 1}, got {labels.tolist()}."
+            )
+        labels = labels.expand(count)
+        if not negative:
+            return labels
+        null = self.sd_pipeline.config.get("null_class_label")
+        if null is None:
+            raise ValueError("`oms_guidance_scale` must be 1 for a base without a null label.")
+        return torch.cat([torch.full_like(labels, null), labels])
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Moves the module and the base pipeline, as `DiffusionPipeline.to` does."""
+        if self.sd_pipeline is not None:
+            self.sd_pipeline.to(*args, **kwargs)
+        return super().to(*args, **kwargs)
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Offloads the module and the base pipeline, each in its own order."""
+        super().enable_model_cpu_offload(gpu_id, device)  # type: ignore[arg-type]
+        if self.sd_pipeline is not None and not getattr(self.sd_pipeline, "_all_hooks", None):
+            self.sd_pipeline.enable_model_cpu_offload(gpu_id, device)
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Configures the bar of the added step, and that of the base pipeline."""
+        super().set_progress_bar_config(**{"desc": "one more step", **kwargs})
+        if self.sd_pipeline is not None:
+            self.sd_pipeline.set_progress_bar_config(**kwargs)

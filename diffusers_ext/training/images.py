@@ -1,0 +1,95 @@
+"""Image data of a run: the arguments that describe it, loading it, and bringing it into the space that is diffused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from diffusers_ext.data.sources import load_images
+
+from .config import TrainConfig, described, require
+from .rng import StepRNG
+
+__all__ = ["ImageConfig", "image_dataset", "to_latents"]
+
+
+@dataclass
+class ImageConfig(TrainConfig):
+    """Arguments of recipes that train on images, beside the engine's.
+
+    Raises:
+        ValueError: an argument is outside its range, or two contradict each other.
+    """
+
+    dataset_name: str | None = described("Data set on the Hub; or give --train_data_dir.")
+    dataset_config_name: str | None = described("Its configuration.")
+    train_data_dir: str | None = described("Folder of images, saved data set, parquet or .npz file.")
+    image_column: str = described("Column of images.", "image")
+    label_column: str | None = described("Column of class labels; by default the data set's own, if it declares one.")
+    resolution: int = described("Images are resized and cropped to this many pixels a side.", 64)
+    center_crop: bool = described("Crop the centre instead of a random place.", False)
+    random_flip: bool = described("Mirror half of the images.", False)
+    channels: Literal[1, 3] = described("1 trains on grey images, 3 on colour.", 3)
+    streaming: bool = described("Read the data set as a stream; a resume then replays it up to its position.", False)
+    max_train_samples: int | None = described("Use only the first so many images.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.dataset_name is None) == (self.train_data_dir is None):
+            raise ValueError(
+                "exactly one of `dataset_name` and `train_data_dir` must be given, got "
+                f"{self.dataset_name!r} and {self.train_data_dir!r}."
+            )
+        if self.streaming:
+            workers = self.dataloader_num_workers
+            require(workers <= 1, "dataloader_num_workers", workers, "0 or 1 with `streaming`")
+        samples = self.max_train_samples
+        require(samples is None or samples >= 1, "max_train_samples", samples, "an integer >= 1 or left out")
+        require(self.resolution >= 1, "resolution", self.resolution, "an integer >= 1")
+
+
+def image_dataset(config: ImageConfig, verify: bool, caption_column: str | None = None) -> Any:
+    """Loads the images that the arguments describe; see `load_images`.
+
+    Args:
+        config: the arguments.
+        verify: open every file beforehand, so that a bad one is found before training.
+        caption_column: column of captions.
+    """
+    data: Any = load_images(
+        config.dataset_name,
+        train_data_dir=config.train_data_dir,
+        dataset_config_name=config.dataset_config_name,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        caption_column=caption_column,
+        resolution=config.resolution,
+        center_crop=config.center_crop,
+        random_flip=config.random_flip,
+        channels=config.channels,
+        streaming=config.streaming,
+        max_train_samples=config.max_train_samples,
+    )
+    if verify and not config.streaming:
+        data.verify()
+    return data
+
+
+def to_latents(
+    vae: Any, pixels: torch.Tensor, rng: StepRNG, ids: Sequence[int], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Encodes images in `[-1, 1]` to scaled latents in fp32, drawn from the posterior.
+
+    Args:
+        vae: an `AutoencoderKL`.
+        pixels: `(batch, channels, height, width)`.
+        rng: the random numbers of this micro-step.
+        ids: `(batch,)` global indices of the samples.
+        dtype: precision of `vae`.
+    """
+    posterior = vae.encode(pixels.to(dtype)).latent_dist
+    latents = posterior.mean + posterior.std * rng.randn_like(posterior.mean, ids, stream="latents")
+    return (latents.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
