@@ -30,6 +30,7 @@ _PUBLIC = {
     "metrics.kernel": ["kernel_distance"],
     "oms.analysis": ["SignalLeak", "signal_leak", "terminal_snr"],
     "oms.pipeline": ["OMSPipeline"],
+    "oms.recipe": ["OMSConfig", "OMSRecipe"],
     "oms.step": ["StartLevel", "oms_step", "start_latents", "start_level"],
     "oms.unet": ["OMSUNet2DConditionModel", "OMSUNet2DModel"],
     "training.arguments": ["parse_config"],

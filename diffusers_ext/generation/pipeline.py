@@ -71,7 +71,7 @@ class ImageGenerationPipeline(SafePipeline):
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         self.register_to_config(image_scale=image_scale, null_class_label=null_class_label)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
-        self._guidance_scale = 1.0
+        self._guidance_scale, self._guidance_rescale = 1.0, 0.0
         self._num_timesteps = 0
 
     @property
@@ -95,6 +95,7 @@ class ImageGenerationPipeline(SafePipeline):
         class_labels: torch.Tensor | None,
         num_inference_steps: int,
         guidance_scale: float,
+        guidance_rescale: float,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
         output_type: str,
@@ -137,6 +138,8 @@ class ImageGenerationPipeline(SafePipeline):
                 "`guidance_scale` must be 1 for a model without classes or without a null label, got "
                 f"{guidance_scale!r}."
             )
+        if not 0 <= guidance_rescale <= 1:
+            raise ValueError(f"`guidance_rescale` must be a number in [0, 1], got {guidance_rescale!r}.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` must be one generator or a list of {batch_size}, got a list of {len(generator)}."
@@ -161,6 +164,7 @@ class ImageGenerationPipeline(SafePipeline):
         class_labels: int | list[int] | torch.Tensor | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
         eta: float = 0.0,
         sigmas: list[float] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -177,6 +181,8 @@ class ImageGenerationPipeline(SafePipeline):
             class_labels: one label for all images, or one per image, `(batch,)`.
             num_inference_steps: scheduler steps.
             guidance_scale: w of classifier-free guidance, `null + w * (class - null)`; 1 turns it off.
+            guidance_rescale: brings the guided prediction back towards the standard deviation of the unguided one,
+                from 0 (off) to 1; guidance overexposes models of zero terminal SNR (arXiv 2305.08891, section 3.4).
             eta: DDIM's eta, for schedulers that take it; 0 is deterministic.
             sigmas: noise levels for schedulers that take them, instead of their own; flow-matching Euler gets the
                 uniform grid `1, ..., 1/num_inference_steps` by default.
@@ -203,13 +209,14 @@ class ImageGenerationPipeline(SafePipeline):
             labels,
             num_inference_steps,
             guidance_scale,
+            guidance_rescale,
             generator,
             latents,
             output_type,
             callback_on_step_end_tensor_inputs,
         )
         device, dtype = self._execution_device, self.unet.dtype
-        self._guidance_scale = guidance_scale
+        self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
         labels = None if labels is None else labels.to(device).expand(batch_size)
 
         timesteps = self._set_timesteps(num_inference_steps, sigmas, device)
@@ -266,7 +273,12 @@ class ImageGenerationPipeline(SafePipeline):
             return self.unet(sample, t, class_labels=labels, return_dict=False)[0]
         both = torch.cat([torch.full_like(labels, self.config["null_class_label"]), labels])
         null, conditional = self.unet(torch.cat([sample, sample]), t, class_labels=both, return_dict=False)[0].chunk(2)
-        return null + guidance_scale * (conditional - null)
+        guided = null + guidance_scale * (conditional - null)
+        if self._guidance_rescale == 0:
+            return guided
+        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+        return rescale_noise_cfg(guided, conditional, self._guidance_rescale)
 
     def _decode(self, sample: torch.Tensor, output_type: str) -> Any:
         images = sample / self.config["image_scale"]

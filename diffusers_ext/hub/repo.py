@@ -21,7 +21,7 @@ from .card import RepoCard, default_snippet, fill_in_repo_id
 
 __all__ = ["pipeline_code", "push_repo", "save_repo"]
 
-IGNORED = ["checkpoint-*", "checkpoint-*/**", "*.tmp", "*.tmp/**", "logs/**", "samples/**"]
+IGNORED = ["checkpoint-*", "checkpoint-*/**", "*.tmp", "*.tmp/**", "logs/**", "samples/**", "precomputed-*/**"]
 
 CODE = '''"""Loads {name} from the package `diffusers-ext`."""
 

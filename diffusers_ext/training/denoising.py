@@ -24,7 +24,7 @@ from diffusers_ext.generation.pipeline import ImageGenerationPipeline
 from diffusers_ext.hub.card import RepoCard
 
 from .config import described, require
-from .images import ImageConfig, image_dataset, to_latents
+from .images import ImageConfig, image_dataset, latent_moments, scaled_latents
 from .noise import NOISE_STRATEGIES, NoiseStrategy, make_noise, offset_noise
 from .objectives import EpsX0V, FlowMatching, Objective
 from .recipe import Context, Modules, Recipe, Sample, StepOutput
@@ -51,6 +51,9 @@ class DenoisingConfig(ImageConfig):
     )
     num_train_timesteps: int = described("Length of the noise schedule.", 1000)
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = described("Noise schedule.", "linear")
+    beta_start: float = described("Its first beta (Stable Diffusion: 0.00085).", 0.0001)
+    beta_end: float = described("Its last beta (Stable Diffusion: 0.012).", 0.02)
+    rescale_betas_zero_snr: bool = described("Rescale the schedule to end in pure noise; needs v_prediction.", False)
     timestep_sampling: Literal["uniform", "logit_normal"] = described("Noise levels of flow matching.", "uniform")
     snr_gamma: float | None = described("Min-SNR weighting with this bound (5 is usual); by default none.")
     noise: str = described(f"Noise strategy: {', '.join(NOISE_STRATEGIES)}.", "gaussian")
@@ -70,6 +73,17 @@ class DenoisingConfig(ImageConfig):
         require(self.noise_offset >= 0, "noise_offset", self.noise_offset, "a number >= 0")
         require(self.snr_gamma is None or self.snr_gamma > 0, "snr_gamma", self.snr_gamma, "a number > 0")
         require(self.noise in NOISE_STRATEGIES, "noise", self.noise, f"one of {sorted(NOISE_STRATEGIES)}")
+        require(
+            0 < self.beta_start <= self.beta_end < 1,
+            "beta_start",
+            self.beta_start,
+            f"a number > 0 and at most `beta_end`, which is {self.beta_end} and must be < 1",
+        )
+        if self.rescale_betas_zero_snr:
+            accepted = "'v_prediction' or 'sample' with `rescale_betas_zero_snr`: pure noise says nothing of its noise"
+            require(
+                self.prediction_type in ("v_prediction", "sample"), "prediction_type", self.prediction_type, accepted
+            )
         if self.prediction_type == "flow" and self.snr_gamma is not None:
             raise ValueError("`snr_gamma` must be left out with `prediction_type='flow'`: it has no such weighting.")
         if self.timestep_sampling != "uniform" and self.prediction_type not in ("flow", None):
@@ -173,8 +187,12 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
             )
         flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
         found = "flow" if flow else scheduler.config.prediction_type
-        asked = self.config.prediction_type
-        require(asked in (None, found), "prediction_type", asked, f"{found!r}, as {name!r} was trained, or left out")
+        asked, rescaled = self.config.prediction_type, self.config.rescale_betas_zero_snr
+        if not rescaled:  # which is another objective on purpose
+            accepted = f"{found!r}, as {name!r} was trained, or left out"
+            require(asked in (None, found), "prediction_type", asked, accepted)
+        elif flow:
+            raise ValueError(f"`rescale_betas_zero_snr` must be False for {name!r}: flow matching has no betas.")
         scale = getattr(pipeline.config, "image_scale", 1.0)
         require(self.image_scale in (1.0, scale), "image_scale", self.image_scale, f"{scale}, as {name!r} was trained")
         self.image_scale = scale
@@ -182,7 +200,10 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
         classes = bool(getattr(unet.config, "num_class_embeds", None))
         conditional = self.config.class_conditional
         require(classes == conditional, "class_conditional", conditional, f"{classes} as in {name!r}")
-        if not flow and not isinstance(scheduler, DDIMScheduler):
+        if rescaled:
+            changed = {"prediction_type": asked, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+            scheduler = DDIMScheduler.from_config({**scheduler.config, **changed, "clip_sample": False})
+        elif not flow and not isinstance(scheduler, DDIMScheduler):
             scheduler = DDIMScheduler.from_config(scheduler.config)
         return unet, scheduler, getattr(pipeline, "vae", None)
 
@@ -219,6 +240,9 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
         return DDIMScheduler(
             num_train_timesteps=config.num_train_timesteps,
             beta_schedule=config.beta_schedule,
+            beta_start=config.beta_start,
+            beta_end=config.beta_end,
+            rescale_betas_zero_snr=config.rescale_betas_zero_snr,
             prediction_type=config.prediction_type or "epsilon",
             # DDIM would clip its estimate of the sample but not the noise that goes with it: worse with every step.
             clip_sample=False,
@@ -255,7 +279,8 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
         x0 = batch["pixel_values"]
         vae = ctx.modules.frozen.get("vae")
         if vae is not None:
-            x0 = to_latents(vae, x0, ctx.rng, ctx.ids, ctx.weight_dtype)
+            mean, std = latent_moments(vae, x0, ctx.weight_dtype)
+            x0 = scaled_latents(vae, mean + std * ctx.rng.randn_like(mean, ctx.ids, stream="latents"))
         x0 = x0 * self.image_scale if self.image_scale != 1.0 else x0
         if not self.config.class_conditional:
             return Sample(x0, labels=batch.get("label"))
@@ -309,10 +334,11 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
     def card(self) -> RepoCard:
         """Returns the card of a denoiser."""
         config = self.config
-        predicted = {"v_prediction": "v", "sample": "the clean image", "flow": "the flow's velocity"}
-        kind = predicted.get(config.prediction_type or "epsilon", "the noise")
+        objective = self.objective
+        names = {"epsilon": "the noise", "v_prediction": "v", "sample": "the clean image"}
+        kind = names[objective.prediction_type] if isinstance(objective, EpsX0V) else "the flow's velocity"
         return RepoCard(
-            method="Image flow matching" if config.prediction_type == "flow" else "Image diffusion",
+            method="Image diffusion" if isinstance(objective, EpsX0V) else "Image flow matching",
             description=f"Generates images of {config.resolution}x{config.resolution} pixels. Its UNet predicts "
             f"{kind} and was trained with {config.noise} noise.",
             data=self.data.description,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,9 +10,8 @@ import torch
 from diffusers_ext.data.sources import load_images
 
 from .config import TrainConfig, described, require
-from .rng import StepRNG
 
-__all__ = ["ImageConfig", "image_dataset", "to_latents"]
+__all__ = ["ImageConfig", "image_dataset", "latent_moments", "scaled_latents"]
 
 
 @dataclass
@@ -78,18 +76,23 @@ def image_dataset(config: ImageConfig, verify: bool, caption_column: str | None 
     return data
 
 
-def to_latents(
-    vae: Any, pixels: torch.Tensor, rng: StepRNG, ids: Sequence[int], dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    """Encodes images in `[-1, 1]` to scaled latents in fp32, drawn from the posterior.
+def latent_moments(
+    vae: Any, pixels: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encodes images in `[-1, 1]`.
 
     Args:
         vae: an `AutoencoderKL`.
         pixels: `(batch, channels, height, width)`.
-        rng: the random numbers of this micro-step.
-        ids: `(batch,)` global indices of the samples.
         dtype: precision of `vae`.
+
+    Returns:
+        Mean and standard deviation of the posterior, before scaling.
     """
     posterior = vae.encode(pixels.to(dtype)).latent_dist
-    latents = posterior.mean + posterior.std * rng.randn_like(posterior.mean, ids, stream="latents")
+    return posterior.mean, posterior.std
+
+
+def scaled_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Brings latents of a VAE into the space that is diffused, in fp32."""
     return (latents.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor

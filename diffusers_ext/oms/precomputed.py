@@ -1,0 +1,75 @@
+"""Latents and text computed once before training, kept in a folder, so that the VAE and the encoders run only once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+__all__ = ["PrecomputedDataset"]
+
+CHUNK = 256  # images a file
+
+
+class PrecomputedDataset:
+    """A map-style data set that gives what was computed of each image instead of the image.
+
+    Files are written whole or not at all, so that an interrupted computation goes on where it stopped; processes share
+    the work.
+
+    Args:
+        source: a data set of `load_images`' kind, without random augmentation.
+        folder: where the files are.
+        identity: whatever the results depend on, plain values; files of another identity are not used.
+    """
+
+    def __init__(self, source: Any, folder: str | os.PathLike, identity: dict[str, Any]) -> None:
+        digest = hashlib.sha256(json.dumps([identity, len(source)], sort_keys=True).encode()).hexdigest()[:12]
+        self.source, self.folder = source, Path(folder) / f"precomputed-{digest}"
+        self._columns: dict[str, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+        return len(self.source)
+
+    def compute(
+        self, function: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]], accelerator: Accelerator, batch: int
+    ) -> None:
+        """Computes what is missing, then reads it all.
+
+        Args:
+            function: from items of the source to tensors whose rows belong to them.
+            accelerator: divides the files among its processes.
+            batch: items at a time.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        starts = range(0, len(self.source), CHUNK)
+        mine = list(starts)[accelerator.process_index :: accelerator.num_processes]
+        missing = [start for start in mine if not self._file(start).is_file()]
+        for start in tqdm(missing, desc="precomputing", unit="file", disable=not accelerator.is_main_process):
+            parts = []
+            for first in range(start, min(start + CHUNK, len(self.source)), batch):
+                last = min(first + batch, start + CHUNK, len(self.source))
+                parts.append(function([self.source.get(i) for i in range(first, last)]))
+            columns = {name: torch.cat([part[name].cpu() for part in parts]).contiguous() for name in parts[0]}
+            partial = self._file(start).with_suffix(".tmp")
+            save_file(columns, partial)
+            os.replace(partial, self._file(start))
+        accelerator.wait_for_everyone()
+        read = [load_file(self._file(start)) for start in starts]
+        self._columns = {name: torch.cat([part[name] for part in read]) for name in read[0]}
+
+    def _file(self, start: int) -> Path:
+        return self.folder / f"{start:08d}.safetensors"
+
+    def get(self, index: int, generator: torch.Generator | None = None) -> dict[str, Any]:
+        """Returns what was computed of an image, and its label; `generator` is not needed."""
+        return {name: values[index] for name, values in self._columns.items()}
