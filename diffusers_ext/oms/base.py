@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -13,6 +14,9 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retri
 from .step import StartLevel, check_scheduler, start_level
 
 __all__ = ["batch_size", "bind", "check_base", "first_level", "latent_shape"]
+
+# What Diffusers' pipelines still take among their `**kwargs`.
+LEGACY = ("callback", "callback_steps")
 
 
 def check_base(base: Any) -> None:
@@ -38,68 +42,87 @@ def check_base(base: Any) -> None:
     check_scheduler(base.scheduler)
 
 
-def bind(base: DiffusionPipeline, arguments: dict[str, Any]) -> dict[str, Any]:
+def bind(base: DiffusionPipeline, arguments: dict[str, Any], own: Iterable[str]) -> dict[str, Any]:
     """Returns the arguments of the base's call, its defaults filled in.
+
+    Args:
+        base: the pipeline.
+        arguments: what it is to be called with.
+        own: further names to suggest.
 
     Raises:
         ValueError: the base does not know one of them.
     """
     parameters = inspect.signature(base.__call__).parameters  # type: ignore[attr-defined]
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if takes_any and type(base).__module__.startswith("diffusers."):  # which would drop an unknown one without a word
+        parameters, takes_any = {**parameters, **dict.fromkeys(LEGACY)}, False
     for name in arguments:
-        if name not in parameters and not open_ended:
-            near = difflib.get_close_matches(name, parameters, n=1)
+        if name not in parameters and not takes_any:
+            near = difflib.get_close_matches(name, [*parameters, *own], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ValueError(f"`{name}` must be an argument of {type(base).__name__} or begin with `oms`{hint}")
-    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+            raise ValueError(f"`{name}` must be an argument of {type(base).__name__} or of OMSPipeline{hint}")
+    defaults = {name: p.default for name, p in parameters.items() if p is not None and p.default is not p.empty}
     return {**defaults, **arguments}
 
 
 def batch_size(arguments: dict[str, Any]) -> tuple[int, int]:
     """Returns the number of prompts (or labels) of a bound call, and the images of each."""
-    per_prompt = arguments.get("num_images_per_prompt") or 1
-    prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
-    labels, latents = arguments.get("class_labels"), arguments.get("latents")
+    prompt = arguments.get("prompt")
     if isinstance(prompt, str):
-        return 1, per_prompt
-    if prompt is not None or embeds is not None:
-        return len(prompt if prompt is not None else embeds), per_prompt  # type: ignore[arg-type]
-    if arguments.get("batch_size"):
-        return arguments["batch_size"], 1
-    if hasattr(labels, "__len__"):
-        return len(labels), 1  # type: ignore[arg-type]
-    return (1 if latents is None else len(latents)), 1
+        prompt = [prompt]
+    given = prompt if prompt is not None else arguments.get("prompt_embeds")
+    if given is not None:
+        return len(given), arguments.get("num_images_per_prompt") or 1
+    labels, latents = arguments.get("class_labels"), arguments.get("latents")
+    if arguments.get("batch_size") is None:
+        given = latents if labels is None else labels
+        return (len(given) if getattr(given, "ndim", 1) and hasattr(given, "__len__") else 1), 1  # type: ignore[arg-type]
+    return arguments["batch_size"], 1
 
 
-def latent_shape(base: Any, arguments: dict[str, Any]) -> tuple[int, int, int]:
-    """Returns `(channels, height, width)` of the latents that a bound call would draw."""
-    if arguments.get("latents") is not None:
-        return tuple(arguments["latents"].shape[1:])
-    size = base.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    factor = getattr(base, "vae_scale_factor", 1)
-    pixels = [height * factor, width * factor]
+def latent_shape(base: Any, arguments: dict[str, Any], batch_size: int) -> tuple[int, ...]:
+    """Returns the shape of the latents that a bound call would draw.
+
+    Raises:
+        ValueError: the `latents` of the call have another one, or there are not as many generators.
+    """
+    size, factor = base.unet.config.sample_size or 0, getattr(base, "vae_scale_factor", 1)
+    pixels = [factor * edge for edge in ((size, size) if isinstance(size, int) else size)]
+    given = [arguments.get("height"), arguments.get("width")]
     image = arguments.get("image")
     if getattr(base, "controlnet", None) is not None and image is not None:  # which takes its size from the image
         while isinstance(image, list | tuple):
             image = image[0]
-        pixels = list(base.control_image_processor.get_default_height_width(image))
+        given = list(base.control_image_processor.preprocess(image, *given).shape[2:])
     for i, name in enumerate(("height", "width")):
-        given = arguments.get(name)
-        if given is not None:
-            pixels[i] = given
-            if given % factor:
-                raise ValueError(f"`{name}` must be a multiple of {factor}, got {given!r}.")
-    return base.unet.config.in_channels, pixels[0] // factor, pixels[1] // factor
+        edge = pixels[i] if given[i] is None else given[i]
+        if not isinstance(edge, int) or edge < 0 or edge % factor:
+            raise ValueError(f"`{name}` must be a multiple of {factor}, got {edge!r}.")
+        pixels[i] = edge
+    shape = (batch_size, base.unet.config.in_channels, pixels[0] // factor, pixels[1] // factor)
+    latents, generator = arguments.get("latents"), arguments.get("generator")
+    if latents is not None:  # which may have another size than the default
+        shape = (*shape[:2], *latents.shape[2:]) if given == [None, None] else shape
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}.")
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(
+            f"`generator` must be one generator or a list of {batch_size}, got a list of {len(generator)}."
+        )
+    return shape
 
 
 def first_level(base: Any, arguments: dict[str, Any]) -> StartLevel:
     """Returns where the base's scheduler will begin in a bound call; the scheduler itself is left as it is."""
-    scheduler = copy.deepcopy(base.scheduler)
     options = {
         name: arguments[name]
         for name in ("timesteps", "sigmas", "original_inference_steps")
         if arguments.get(name) is not None
     }
-    retrieve_timesteps(scheduler, arguments["num_inference_steps"], "cpu", **options)
+    steps = arguments.get("num_inference_steps")
+    if not (isinstance(steps, int) and steps >= 1 or "timesteps" in options or "sigmas" in options):
+        raise ValueError(f"`num_inference_steps` must be an integer >= 1, got {steps!r}.")
+    scheduler = copy.deepcopy(base.scheduler)
+    retrieve_timesteps(scheduler, steps, "cpu", **options)
     return start_level(scheduler)

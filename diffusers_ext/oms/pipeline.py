@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
@@ -14,7 +16,7 @@ from typing_extensions import Self
 from diffusers_ext.hub.loading import SafePipeline
 
 from . import base as bases
-from .published import is_published_format, load_published
+from .published import HUB_OPTIONS, is_published_format, load_published
 from .step import start_latents
 from .text import encode, find_encoders
 from .unet import OMSUNet2DConditionModel, OMSUNet2DModel
@@ -95,6 +97,10 @@ class OMSPipeline(SafePipeline):
         image_scale: float | None = None,
     ) -> None:
         super().__init__()
+        super().set_progress_bar_config(desc="one more step")
+        self.register_to_config(vae_scaling_factor=vae_scaling_factor, vae_id=vae_id, image_scale=image_scale)
+        if sd_pipeline is not None:
+            self._check_base(oms_module, sd_pipeline)
         self.register_modules(
             oms_module=oms_module,
             sd_pipeline=sd_pipeline,
@@ -103,9 +109,6 @@ class OMSPipeline(SafePipeline):
             oms_text_encoder_2=oms_text_encoder_2,
             oms_tokenizer_2=oms_tokenizer_2,
         )
-        self.register_to_config(vae_scaling_factor=vae_scaling_factor, vae_id=vae_id, image_scale=image_scale)
-        if sd_pipeline is not None:
-            self._check_base(sd_pipeline)
 
     @classmethod
     def from_pretrained(
@@ -127,23 +130,22 @@ class OMSPipeline(SafePipeline):
             OSError: weights are missing, or not safetensors.
             ValueError: module and base do not fit.
         """
-        names = ("cache_dir", "force_download", "token", "local_files_only", "revision")
-        hub = {name: kwargs[name] for name in names if name in kwargs}
-        index: Any = cls.load_config(str(pretrained_model_name_or_path), **hub)
+        repo = str(pretrained_model_name_or_path)
+        index: Any = cls.load_config(repo, **{name: kwargs[name] for name in HUB_OPTIONS if name in kwargs})
         if is_published_format(index):
-            given = {name: kwargs.pop(name) for name in cls._get_signature_keys(cls)[0] if name in kwargs}
+            modules, settings = cls._get_signature_keys(cls)
+            given = {name: kwargs.pop(name) for name in modules if name in kwargs}
+            recorded = {name: kwargs.pop(name) for name in settings if name in kwargs}
             base = given.pop("sd_pipeline", base)
-            options = {"use_safetensors": True, **kwargs}
-            components = load_published(str(pretrained_model_name_or_path), index, given, **options)
-            return cls(sd_pipeline=base, **components)
+            return cls(sd_pipeline=base, **load_published(repo, index, given, **kwargs), **recorded)
         if base is not None:
             kwargs["sd_pipeline"] = base
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
-    def _check_base(self, base: DiffusionPipeline) -> None:
+    def _check_base(self, oms_module: Any, base: Any) -> None:
         """Raises `ValueError` unless the base takes latents of the module's space."""
         bases.check_base(base)
-        unet, module = base.unet.config, self.oms_module.config  # type: ignore[attr-defined]
+        unet, module = base.unet.config, oms_module.config
         if unet.in_channels != module.in_channels:
             raise ValueError(
                 f"`sd_pipeline` must have latents of {module.in_channels} channels as the module, got "
@@ -152,7 +154,8 @@ class OMSPipeline(SafePipeline):
         vae = getattr(base, "vae", None)
         factor = None if vae is None else vae.config.scaling_factor
         trained, vae_id = self.config["vae_scaling_factor"], self.config["vae_id"]
-        if trained is not None and trained != factor:
+        # Tiny autoencoders decode the scaled latents of another VAE; their own factor says nothing.
+        if trained not in (None, factor) and not isinstance(vae, AutoencoderTiny):
             raise ValueError(
                 f"`sd_pipeline` must have a VAE with the scaling factor {trained} that the module was trained on"
                 f"{f' ({vae_id})' if vae_id else ''}, got {factor}."
@@ -163,19 +166,25 @@ class OMSPipeline(SafePipeline):
                 f"`sd_pipeline` must have the `image_scale` {self.config['image_scale']} of the module, got {scale}."
             )
 
-    def check_inputs(self, guidance_scale: float, step: str, arguments: dict[str, Any]) -> None:
-        """Checks the arguments of a call.
+    def check_inputs(self, guidance_scale: float, step: str, text: dict[str, Any], labels: Any) -> None:
+        """Checks the arguments of a call that are the added step's own.
 
         Raises:
             ValueError: an argument is wrong or contradicts another; the message names it.
         """
-        if not guidance_scale >= 0:
+        if not (isinstance(guidance_scale, int | float) and 0 <= guidance_scale < math.inf):
             raise ValueError(f"`oms_guidance_scale` must be a number >= 0, got {guidance_scale!r}.")
         if step not in ("ddpm", "ddim"):
             raise ValueError(f"`oms_step` must be 'ddpm' or 'ddim', got {step!r}.")
-        steps = arguments.get("num_inference_steps")
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"`num_inference_steps` must be an integer >= 1, got {steps!r}.")
+        given = [name for name, value in text.items() if value is not None]
+        if self._takes_text:
+            if labels is not None:
+                raise ValueError("`oms_class_labels` must be left out: the module takes text.")
+            for name in ("oms_prompt", "oms_negative_prompt"):
+                if name in given and f"{name}_embeds" in given:
+                    raise ValueError(f"`{name}` must be left out where `{name}_embeds` is given.")
+        elif given:
+            raise ValueError(f"`{given[0]}` must be left out: the module takes no text.")
 
     @torch.no_grad()
     def __call__(
@@ -225,106 +234,100 @@ class OMSPipeline(SafePipeline):
             raise ValueError(
                 "`sd_pipeline` must be given: load with `OMSPipeline.from_pretrained(repo, base=pipeline)`."
             )
+        arguments = bases.bind(base, passed, inspect.signature(self.__call__).parameters)
         if not oms:
             return base(**passed)
-        self._check_base(base)  # again, for its scheduler may have been exchanged
-        arguments = bases.bind(base, passed)
-        self.check_inputs(oms_guidance_scale, oms_step, arguments)
+        self._check_base(self.oms_module, base)  # again, for its scheduler may have been exchanged
+        text = {
+            "oms_prompt": oms_prompt,
+            "oms_negative_prompt": oms_negative_prompt,
+            "oms_prompt_embeds": oms_prompt_embeds,
+            "oms_negative_prompt_embeds": oms_negative_prompt_embeds,
+        }
+        self.check_inputs(oms_guidance_scale, oms_step, text, oms_class_labels)
         count, per_prompt = bases.batch_size(arguments)
-        shape = (count * per_prompt, *bases.latent_shape(base, arguments))
-        if isinstance(generator, list) and len(generator) != shape[0]:
-            raise ValueError(
-                f"`generator` must be one generator or a list of {shape[0]}, got a list of {len(generator)}."
-            )
-        negative = oms_guidance_scale != 1.0
-        if isinstance(self.oms_module, OMSUNet2DConditionModel):
-            condition = {
-                "encoder_hidden_states": self._text(
-                    count,
-                    per_prompt,
-                    oms_prompt if oms_prompt is not None else prompt,
-                    oms_prompt_embeds,
-                    (oms_negative_prompt or "", oms_negative_prompt_embeds) if negative else None,
-                )
-            }
+        shape = bases.latent_shape(base, arguments, count * per_prompt)
+        guided = oms_guidance_scale != 1.0
+        if self._takes_text:
+            text["oms_prompt"] = prompt if oms_prompt is None else oms_prompt
+            text["oms_negative_prompt"] = oms_negative_prompt or ""
+            condition = {"encoder_hidden_states": self._text(text, count, per_prompt, guided)}
         else:
-            condition = {"class_labels": self._labels(arguments, shape[0], oms_class_labels, negative)}
+            labels = arguments.get("class_labels") if oms_class_labels is None else oms_class_labels
+            condition = {"class_labels": self._labels(labels, shape[0], guided)}
         level = bases.first_level(base, arguments)
-        device, dtype = base._execution_device, base.unet.dtype
+
+        def draw() -> torch.Tensor:
+            return randn_tensor(shape, generator=generator, device=base._execution_device, dtype=base.unet.dtype)
+
         noise = arguments.get("latents")
-        if noise is None:
-            noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        noise = noise.to(device)
+        noise = draw() if noise is None else noise.to(base._execution_device)
         with self.progress_bar(total=1) as progress_bar:  # pyright: ignore[reportCallIssue]
-            x0_hat = -self._predict(noise, condition, oms_guidance_scale)
-            fresh = noise
-            if oms_step == "ddpm":
-                fresh = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+            x0_hat = -self._predict(noise, condition, oms_guidance_scale).to(noise.device)
+            fresh = draw() if oms_step == "ddpm" else noise
             passed["latents"] = start_latents(x0_hat, fresh, level, oms_legacy_variance)
             progress_bar.update()
         self.maybe_free_model_hooks()
         return base(**passed)
 
+    @property
+    def _takes_text(self) -> bool:
+        return isinstance(self.oms_module, OMSUNet2DConditionModel)
+
     def _predict(self, noise: torch.Tensor, condition: dict[str, Any], guidance_scale: float) -> torch.Tensor:
         """Returns the v-prediction at pure noise; with guidance both branches run as one batch."""
-        sample = noise.to(self.oms_module.dtype)
+        sample = noise.to(self._execution_device, self.oms_module.dtype)
         if guidance_scale == 1.0:
             return self.oms_module(sample, **condition, return_dict=False)[0]
-        null, conditional = self.oms_module(torch.cat([sample, sample]), **condition, return_dict=False)[0].chunk(2)
+        both = self.oms_module(torch.cat([sample, sample]), **condition, return_dict=False)[0]
+        null, conditional = both.float().chunk(2)
         return null + guidance_scale * (conditional - null)
 
-    def _text(
-        self,
-        count: int,
-        per_prompt: int,
-        prompt: str | list[str] | None,
-        embeds: torch.Tensor | None,
-        negative: tuple[str | list[str], torch.Tensor | None] | None,
-    ) -> torch.Tensor:
+    def _text(self, text: dict[str, Any], count: int, per_prompt: int, guided: bool) -> torch.Tensor:
         """Returns the text of every image, that of the null branch first where there is guidance."""
-        width, given = self.oms_module.config.cross_attention_dim, []
-        parts = [("oms_prompt", prompt, embeds)]
-        if negative is not None:
-            parts.insert(0, ("oms_negative_prompt", *negative))
-        for name, text, embedded in parts:
-            if embedded is None and text is None:
-                raise ValueError(f"`{name}` must be given where the base gets `prompt_embeds`, or `{name}_embeds`.")
-            if embedded is None:
-                texts = [text] * count if isinstance(text, str) else list(text)  # type: ignore[arg-type]
-                if len(texts) != count:
-                    raise ValueError(f"`{name}` must be one text or {count}, as many as prompts, got {len(texts)}.")
-                embedded = self._encode(texts)
-            elif embedded.ndim != 3 or embedded.shape[0] not in (1, count) or embedded.shape[2] != width:
+        width, found = self.oms_module.config.cross_attention_dim, []
+        for name in ["oms_negative_prompt", "oms_prompt"] if guided else ["oms_prompt"]:
+            words, embeds = text[name], text[f"{name}_embeds"]
+            if embeds is None and words is None:
+                raise ValueError(f"`{name}` or `{name}_embeds` must be given where the base gets `prompt_embeds`.")
+            if embeds is None:
+                words = [words] * count if isinstance(words, str) else list(words)
+                if len(words) != count:
+                    raise ValueError(f"`{name}` must be one text or {count}, as many as prompts, got {len(words)}.")
+                embeds = self._encode(words)
+            elif embeds.ndim != 3 or len(embeds) not in (1, count) or embeds.shape[2] != width:
                 raise ValueError(
-                    f"`{name}_embeds` must have the shape ({count}, tokens, {width}), got {tuple(embedded.shape)}."
+                    f"`{name}_embeds` must have the shape ({count}, tokens, {width}), got {tuple(embeds.shape)}."
                 )
-            given.append(embedded.expand(count, -1, -1).repeat_interleave(per_prompt, dim=0))
-        return torch.cat(given).to(self.oms_module.dtype)
+            embeds = embeds.to(self._execution_device, self.oms_module.dtype)
+            found.append(embeds.expand(count, -1, -1).repeat_interleave(per_prompt, dim=0))
+        lengths = [embeds.shape[1] for embeds in found]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"`oms_negative_prompt_embeds` must have {lengths[1]} tokens, got {lengths[0]}.")
+        return torch.cat(found)
 
     def _encode(self, texts: list[str]) -> torch.Tensor:
         own = [(self.oms_tokenizer, self.oms_text_encoder), (self.oms_tokenizer_2, self.oms_text_encoder_2)]
         own = [(tokenizer, encoder) for tokenizer, encoder in own if encoder is not None]
         encoders = find_encoders(own, self.sd_pipeline, self.oms_module.config.cross_attention_dim)
-        return encode(texts, encoders, self.sd_pipeline._execution_device)
+        return encode(texts, encoders, (self if own else self.sd_pipeline)._execution_device)
 
-    def _labels(self, arguments: dict[str, Any], count: int, labels: Any, negative: bool) -> torch.Tensor | None:
+    def _labels(self, labels: Any, count: int, guided: bool) -> torch.Tensor | None:
         """Returns the label of every image, the null label first where there is guidance."""
         classes = self.oms_module.config.num_class_embeds
-        labels = arguments.get("class_labels") if labels is None else labels
         if classes is None:
-            if negative:
+            if guided:
                 raise ValueError("`oms_guidance_scale` must be 1 for a module without classes or text.")
             return None
         if labels is None:
             raise ValueError("`oms_class_labels` must be given: the module has classes.")
-        device = self.sd_pipeline._execution_device
-        labels = torch.as_tensor([labels] if isinstance(labels, int) else labels, device=device)
+        labels = torch.as_tensor([labels] if isinstance(labels, int) else labels, device=self._execution_device)
         if labels.ndim != 1 or len(labels) not in (1, count) or not 0 <= labels.min() <= labels.max() < classes:
             raise ValueError(
                 f"`oms_class_labels` must be 1 or {count} labels in 0..{classes - 1}, got {labels.tolist()}."
             )
         labels = labels.expand(count)
-        if not negative:
+        if not guided:
             return labels
         null = self.sd_pipeline.config.get("null_class_label")
         if null is None:
@@ -340,6 +343,7 @@ class OMSPipeline(SafePipeline):
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
         """Offloads the module and the base pipeline, each in its own order."""
         super().enable_model_cpu_offload(gpu_id, device)  # type: ignore[arg-type]
+        # Called again after every step, when the base has its hooks.
         if self.sd_pipeline is not None and not getattr(self.sd_pipeline, "_all_hooks", None):
             self.sd_pipeline.enable_model_cpu_offload(gpu_id, device)
 

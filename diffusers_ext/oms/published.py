@@ -1,32 +1,37 @@
 """Loads repos in the format in which the paper's authors published their modules.
 
-Their `model_index.json` names classes of a package that cannot be installed any more, and each component's
-`config.json` says in `_name_or_path` and `subfolder` where its weights really are, which may be another repo. That is
-followed to repos only, never to code.
+Their `model_index.json` names classes of a package that cannot be installed any more. The text encoders and tokenizers
+are not in the repo: each one's `config.json` says in `_name_or_path` and `subfolder` which other repo has it. That is
+followed to weights and vocabularies only, never to code.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from .unet import OMSUNet2DConditionModel
 
-__all__ = ["is_published_format", "load_published"]
+__all__ = ["HUB_OPTIONS", "is_published_format", "load_published"]
 
-# What stands in their index for one encoder, and for the two of SDXL as one component.
-SINGLE = {"oms_text_encoder": CLIPTextModel, "oms_tokenizer": CLIPTokenizer}
-DUAL = {
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+
+# What a component of theirs holds: one model, or the two of SDXL.
+SINGLE: dict[str, dict[str, Any]] = {
+    "oms_text_encoder": {"text_encoder": CLIPTextModel},
+    "oms_tokenizer": {"tokenizer": CLIPTokenizer},
+}
+DUAL: dict[str, dict[str, Any]] = {
     "oms_text_encoder": {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection},
     "oms_tokenizer": {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer},
 }
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
 def is_published_format(index: dict[str, Any]) -> bool:
@@ -35,7 +40,14 @@ def is_published_format(index: dict[str, Any]) -> bool:
 
 
 def load_published(
-    repo: str | os.PathLike, index: dict[str, Any], given: dict[str, Any], **options: Any
+    repo: str,
+    index: dict[str, Any],
+    given: dict[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    use_safetensors: bool = True,
+    **hub: Any,
 ) -> dict[str, Any]:
     """Loads the components of a published repo.
 
@@ -43,58 +55,63 @@ def load_published(
         repo: Hub repo or folder.
         index: its `model_index.json`.
         given: components by name that the caller brings along; `None` leaves one out.
-        **options: `dtype`, `variant`, `use_safetensors` and the Hub's own, as `from_pretrained` takes them.
+        dtype: of the weights.
+        variant: such as `"fp16"`; a component that has no such files is loaded without.
+        use_safetensors: refuse pickled weights.
+        **hub: `cache_dir`, `force_download`, `local_files_only`, `revision` and `token`.
 
     Returns:
         Components by the names of `OMSPipeline`'s arguments.
 
     Raises:
-        OSError: a component is neither in the repo nor where its configuration says; the message names both.
+        OSError: a component cannot be loaded; the message says where it was looked for.
+        ValueError: an argument is unknown.
     """
-    hub = {name: options[name] for name in HUB_OPTIONS if name in options}
+    for name in hub:
+        if name not in HUB_OPTIONS:
+            raise ValueError(f"`{name}` must be left out for a repo in the format of the published modules.")
+    weights = {"dtype": dtype, "use_safetensors": use_safetensors}
     found = dict(given)
     if "oms_module" not in found:
-        place = _places(repo, "oms_module", hub)
-        found["oms_module"] = _load("oms_module", OMSUNet2DConditionModel.from_pretrained, place, options)
-    for name, single in SINGLE.items():
+        loader = OMSUNet2DConditionModel.from_pretrained
+        found["oms_module"] = _load("oms_module", loader, repo, "oms_module", variant, {**weights, **hub})
+    for name in SINGLE:
         recorded = (index.get(name) or [None, None])[1]
         if recorded is None or name in found:
             continue
-        if not recorded.startswith("SDXL"):
-            found[name] = _load(name, single.from_pretrained, _places(repo, name, hub), options)
-            continue
-        for inner, cls in DUAL[name].items():
-            found[f"oms_{inner}"] = _load(name, cls.from_pretrained, _places(repo, name, hub, inner), options)
+        config = _read_config(repo, name, hub)
+        dual = "SDXL" in recorded or "SDXL" in str(config.get("_class_name"))
+        for inner, cls in (DUAL if dual else SINGLE)[name].items():
+            options = {**weights, **hub} if "encoder" in name else hub
+            place, folder = repo, f"{name}/{inner}" if dual else name
+            if "_name_or_path" in config and (dual or "subfolder" in config):
+                place, folder = config["_name_or_path"], inner if dual else config["subfolder"]
+                options = {key: value for key, value in options.items() if key != "revision"}  # that of this repo
+            found[f"oms_{inner}"] = _load(name, cls.from_pretrained, place, folder, variant, options)
     return found
 
 
-def _places(repo: str | os.PathLike, name: str, hub: dict[str, Any], inner: str = "") -> list[tuple[Any, str]]:
-    """Returns where a component may be, as repos and subfolders: the repo's own folder, then what its config names."""
-    if Path(repo).is_dir():
-        path = Path(repo) / name / "config.json"
-    else:
-        path = Path(hf_hub_download(str(repo), f"{name}/config.json", **hub))
-    places: list[tuple[Any, str]] = [(repo, f"{name}/{inner}" if inner else name)]
-    config = json.loads(path.read_text()) if path.is_file() else {}
-    elsewhere, folder = config.get("_name_or_path"), inner or config.get("subfolder")
-    return [*places, (elsewhere, folder)] if elsewhere and folder else places
+def _read_config(repo: str, name: str, hub: dict[str, Any]) -> dict[str, Any]:
+    path = Path(repo) / name / "config.json"
+    if not Path(repo).is_dir():
+        try:
+            path = Path(hf_hub_download(repo, f"{name}/config.json", **hub))
+        except EntryNotFoundError:
+            return {}
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _load(name: str, loader: Callable[..., Any], places: list[tuple[Any, str]], options: dict[str, Any]) -> Any:
+def _load(
+    name: str, loader: Callable[..., Any], place: str, folder: str, variant: str | None, options: dict[str, Any]
+) -> Any:
+    """Loads a component in its variant, or without where it has none."""
     failures = []
-    for i, (place, folder) in enumerate(places):
-        known = ("cache_dir", "force_download", "local_files_only", "token", "dtype", "use_safetensors")
-        arguments = {k: v for k, v in options.items() if k in known or (k == "revision" and i == 0)}
-        if "okenizer" in name:
-            arguments = {k: v for k, v in arguments.items() if k not in ("dtype", "use_safetensors")}
-        # The module may come in a variant, and an encoder from elsewhere without it.
-        for variant in dict.fromkeys([options.get("variant"), None]):
-            extra = {} if variant is None or "okenizer" in name else {"variant": variant}
-            try:
-                return loader(place, subfolder=folder, **arguments, **extra)
-            except (OSError, ValueError) as error:
-                failures.append(f"{place}/{folder}: {error}")
+    for extra in [{"variant": variant}] * (variant is not None and "dtype" in options) + [{}]:
+        try:
+            return loader(place, subfolder=folder, **options, **extra)
+        except (OSError, ValueError) as error:
+            failures.append(str(error))
     raise OSError(
-        f"`{name}` could not be loaded; pass it as an argument, or None to use the base pipeline's. Tried: "
-        + "; ".join(dict.fromkeys(failures))
+        f"`{name}` could not be loaded from {folder!r} of {place!r}; pass it as an argument, or None to use the base "
+        f"pipeline's. Cause: {failures[-1]}"
     )

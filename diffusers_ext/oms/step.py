@@ -1,13 +1,14 @@
 r"""The step from pure noise to the noise level at which a schedule really begins (One More Step, arXiv 2311.15744).
 
-A schedule with \(\bar\alpha_T > 0\) trains its network on \(x_T = \sqrt{\bar\alpha_T} x_0 + \sqrt{1 - \bar\alpha_T} n\),
-where a trace of the image is left, but sampling starts from pure noise. The added step knows the conditional mean image
-\(\hat x_0\) and goes from \(x_S \sim N(0, I)\), where \(\bar\alpha_S = 0\), to the first noise level \(a\) that the
-scheduler will use:
+A schedule with \(\bar\alpha_T > 0\) trains its network on
+\(x_T = \sqrt{\bar\alpha_T} x_0 + \sqrt{1 - \bar\alpha_T} n\), where a trace of the image is left, but sampling starts
+from pure noise. The added step knows the conditional mean image \(\hat x_0\) and goes from \(x_S \sim N(0, I)\), where
+\(\bar\alpha_S = 0\), to the first noise level \(a\) that the scheduler will use:
 
 \[x = \sqrt{a}\, \hat x_0 + \sqrt{1 - a}\, n,\]
 
-with fresh normal \(n\) ("ddpm": the posterior has no term in \(x_S\), as \(\bar\alpha_S = 0\)) or \(n = x_S\) ("ddim").
+with fresh normal \(n\) ("ddpm": the posterior has no term in \(x_S\), as \(\bar\alpha_S = 0\)) or \(n = x_S\)
+("ddim").
 """
 
 from __future__ import annotations
@@ -120,8 +121,8 @@ def check_scheduler(scheduler: Any) -> None:
         )
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
-            "`scheduler` must be one of a variance-preserving schedule, with `alphas_cumprod` (DDIM, PNDM, Euler, LMS, "
-            f"DPM++, UniPC, LCM and others), got {name}."
+            "`scheduler` must be one of a variance-preserving schedule, with `alphas_cumprod` (DDIM, PNDM, Euler, "
+            f"LMS, DPM++, UniPC, LCM and others), got {name}."
         )
 
 

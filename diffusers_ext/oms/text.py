@@ -22,14 +22,18 @@ def find_encoders(own: Encoders, base: Any, width: int) -> Encoders:
     Raises:
         ValueError: none fit; the message says what would.
     """
+
+    def widths(encoders: Encoders) -> list[int]:
+        return [getattr(encoder.config, "hidden_size", 0) for _, encoder in encoders]
+
     pairs = [("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")]
     of_base = [(getattr(base, t, None), getattr(base, e, None)) for t, e in pairs]
     of_base = [(tokenizer, encoder) for tokenizer, encoder in of_base if tokenizer is not None and encoder is not None]
     choices = [own] if own else [of_base[:1], of_base[1:], of_base]
     for encoders in choices:
-        if encoders and sum(encoder.config.hidden_size for _, encoder in encoders) == width:
+        if encoders and sum(widths(encoders)) == width:
             return encoders
-    found = [encoder.config.hidden_size for _, encoder in (own or of_base)]
+    found = widths(own or of_base)
     raise ValueError(
         f"`oms_text_encoder` must give {width} features a token, as the module's `cross_attention_dim`, alone or "
         f"joined with `oms_text_encoder_2`; got widths {found} from {'the module' if own else 'the base pipeline'}."

@@ -12,7 +12,7 @@ ALPHAS = DDIMScheduler(**STABLE_DIFFUSION).alphas_cumprod.double()
 
 
 class ExactNoise(ModelMixin, ConfigMixin):
-    """E[n | x_t] for data N(mean, std^2) on the Stable Diffusion schedule; levels between timesteps are interpolated."""
+    """E[n | x_t] for data N(mean, std^2) on the Stable Diffusion schedule, interpolated between timesteps."""
 
     @register_to_config
     def __init__(self, mean=1.0, std=1.0, sample_size=8, in_channels=1):

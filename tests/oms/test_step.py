@@ -156,7 +156,7 @@ def test_schedules_that_start_from_pure_noise_are_refused():
     ],
 )
 def test_mean_and_spread_on_gaussian_data(mean, std, plain, with_step):
-    """Both are linear in the start, so two starts give the law: the image of 0 is the mean, that of 1 - that the sd."""
+    """Both are linear in the start, so two starts give the law: 0 ends at the mean, and 1 at the mean plus the sd."""
     base, pipeline = make(mean, std, build(DDIMScheduler, timestep_spacing="trailing"))
     starts = {"num_inference_steps": 1000, "output_type": "latent"}
     zero, one = torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8)
