@@ -110,7 +110,6 @@ def common(folder, seed, steps):
         "checkpoints_total_limit": 1,
         "resume_from_checkpoint": "latest",
         "num_validation_images": 16,
-        "validation_inference_steps": 10,
         "logging_steps": 50,
         "seed": seed,
     }

@@ -83,8 +83,8 @@ class OMSConfig(ImageConfig):
         require(0 <= self.condition_dropout < 1, "condition_dropout", self.condition_dropout, "a number in [0, 1)")
         if self.precompute and (self.streaming or self.random_flip or not self.center_crop):
             raise ValueError(
-                "`precompute` must be False with `streaming`, with `random_flip` and without `center_crop`: each image "
-                "is computed once."
+                "`precompute` must be False with `streaming`, with `random_flip` and without `center_crop`: each "
+                "image is computed once."
             )
 
 
@@ -138,8 +138,8 @@ class OMSRecipe(Recipe[OMSConfig]):
             unet: Any = UNet2DConditionModel.load_config(str(name), subfolder="unet")
         except Exception as error:  # the libraries raise many kinds
             raise ValueError(
-                "`pretrained_model_name_or_path` must be a Hub repo or a folder with a pipeline that has a `unet`, got "
-                f"{name!r}: {error}"
+                "`pretrained_model_name_or_path` must be a Hub repo or a folder with a pipeline that has a `unet`, "
+                f"got {name!r}: {error}"
             ) from error
         check_scheduler(self.base.scheduler)
         self.unet_config = unet
