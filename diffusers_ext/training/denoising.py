@@ -73,12 +73,9 @@ class DenoisingConfig(ImageConfig):
         require(self.noise_offset >= 0, "noise_offset", self.noise_offset, "a number >= 0")
         require(self.snr_gamma is None or self.snr_gamma > 0, "snr_gamma", self.snr_gamma, "a number > 0")
         require(self.noise in NOISE_STRATEGIES, "noise", self.noise, f"one of {sorted(NOISE_STRATEGIES)}")
-        require(
-            0 < self.beta_start <= self.beta_end < 1,
-            "beta_start",
-            self.beta_start,
-            f"a number > 0 and at most `beta_end`, which is {self.beta_end} and must be < 1",
-        )
+        require(0 < self.beta_start < 1, "beta_start", self.beta_start, "a number between 0 and 1")
+        accepted = f"a number below 1 and not below `beta_start`, {self.beta_start}"
+        require(self.beta_start <= self.beta_end < 1, "beta_end", self.beta_end, accepted)
         if self.rescale_betas_zero_snr:
             accepted = "'v_prediction' or 'sample' with `rescale_betas_zero_snr`: pure noise says nothing of its noise"
             require(

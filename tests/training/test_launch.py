@@ -157,7 +157,7 @@ def test_push_to_hub_by_the_script_and_load_from_an_empty_cache(tmp_path):
         login = {**hub.environment(home), "HF_TOKEN": "", "HF_TOKEN_PATH": str(home / "token")}
         refused = execute(command, **login)
         assert refused.returncode != 0
-        assert "ValueError: `push_to_hub` must be False without a login" in refused.stderr
+        assert "error: `push_to_hub` must be False without a login" in refused.stderr
         (home / "token").write_text("test-token")
 
         hub.fail = ("POST", "/commit/")

@@ -68,7 +68,7 @@ def test_predicting_noise_at_pure_noise_is_refused(data, tmp_path, prediction):
 
 
 def test_betas_are_checked_and_used(data, tmp_path):
-    with pytest.raises(ValueError, match="`beta_start` must be a number > 0 and at most `beta_end`"):
+    with pytest.raises(ValueError, match="`beta_end` must be a number below 1 and not below `beta_start`, 0.1"):
         run(data, tmp_path, beta_start=0.1)
     run(data, tmp_path, max_train_steps=1, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     alphas = DiffusionPipeline.from_pretrained(tmp_path).scheduler.alphas_cumprod
