@@ -24,10 +24,12 @@ from diffusers import (
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 import diffusers_ext
-from diffusers_ext import ImageClassifierFeatures, ImageGenerationPipeline, save_repo
+from diffusers_ext import ImageClassifierFeatures, ImageGenerationPipeline, OMSPipeline, save_repo
 from diffusers_ext.hub.repo import pipeline_code
 
 from .hub.server import HubServer
+from .oms.tiny import module as text_module
+from .oms.tiny import pixel_module, stable_diffusion, text_encoder, tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,6 +81,42 @@ EXAMPLES = {
             lambda: ImageGenerationPipeline(unet(2), DDIMScheduler(), vae=vae()),
             num_inference_steps=2,
             output_type="pt",
+        ),
+    ],
+    "OMSPipeline": [
+        example(
+            lambda: OMSPipeline(
+                pixel_module(4),
+                ImageGenerationPipeline(unet(num_class_embeds=4), DDIMScheduler(), null_class_label=3),
+                image_scale=1.0,
+            ),
+            class_labels=[0, 2],
+            oms_guidance_scale=2.0,
+            num_inference_steps=2,
+            output_type="pt",
+        ),
+        example(
+            lambda: OMSPipeline(
+                text_module(), stable_diffusion(), text_encoder(seed=9), tokenizer(), vae_scaling_factor=0.18215
+            ),
+            prompt="a cat",
+            oms_prompt="dark",
+            num_inference_steps=2,
+            output_type="latent",
+        ),
+    ],
+    "OMSUNet2DConditionModel": [
+        example(
+            lambda: text_module(),
+            sample=torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8),
+            encoder_hidden_states=torch.linspace(-1, 1, 24).reshape(1, 3, 8),
+        ),
+    ],
+    "OMSUNet2DModel": [
+        example(
+            lambda: pixel_module(4),
+            sample=torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8),
+            class_labels=torch.tensor([1, 3]),
         ),
     ],
 }

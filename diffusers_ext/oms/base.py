@@ -59,7 +59,7 @@ def bind(base: DiffusionPipeline, arguments: dict[str, Any], own: Iterable[str])
         parameters, takes_any = {**parameters, **dict.fromkeys(LEGACY)}, False
     for name in arguments:
         if name not in parameters and not takes_any:
-            near = difflib.get_close_matches(name, [*parameters, *own], n=1)
+            near = difflib.get_close_matches(name, {*parameters, *own} - {name}, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"`{name}` must be an argument of {type(base).__name__} or of OMSPipeline{hint}")
     defaults = {name: p.default for name, p in parameters.items() if p is not None and p.default is not p.empty}

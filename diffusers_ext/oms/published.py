@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.utils import cached_file
 
 from .unet import OMSUNet2DConditionModel
 
@@ -87,7 +88,8 @@ def load_published(
             if "_name_or_path" in config and (dual or "subfolder" in config):
                 place, folder = config["_name_or_path"], inner if dual else config["subfolder"]
                 options = {key: value for key, value in options.items() if key != "revision"}  # that of this repo
-            found[f"oms_{inner}"] = _load(name, cls.from_pretrained, place, folder, variant, options)
+            loader = cls.from_pretrained if "encoder" in name else _load_tokenizer
+            found[f"oms_{inner}"] = _load(name, loader, place, folder, variant, options)
     return found
 
 
@@ -99,6 +101,14 @@ def _read_config(repo: str, name: str, hub: dict[str, Any]) -> dict[str, Any]:
         except EntryNotFoundError:
             return {}
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _load_tokenizer(place: str, subfolder: str, **hub: Any) -> CLIPTokenizer:
+    """Loads a tokenizer that is there; `CLIPTokenizer.from_pretrained` alone makes up one without words otherwise."""
+    search: dict[str, Any] = {**hub, "subfolder": subfolder, "_raise_exceptions_for_missing_entries": False}
+    if not any(cached_file(place, file, **search) for file in ("tokenizer.json", "vocab.json")):
+        raise OSError("it has neither tokenizer.json nor vocab.json.")
+    return CLIPTokenizer.from_pretrained(place, subfolder=subfolder, **hub)
 
 
 def _load(

@@ -63,8 +63,8 @@ def oms_step(
 
     Example:
         >>> import torch
-        >>> oms_step(torch.ones(1, 1, 1, 1), 0.36, torch.ones(1, 1, 1, 1)).item()
-        1.399...
+        >>> round(oms_step(torch.ones(1, 1, 1, 1), 0.36, torch.ones(1, 1, 1, 1)).item(), 4)
+        1.4
     """
     if x0_hat.shape != noise.shape:
         raise ValueError(f"`noise` must have the shape {tuple(x0_hat.shape)} of `x0_hat`, got {tuple(noise.shape)}.")

@@ -24,8 +24,6 @@ from .tiny import (
     PICTURE,
     WIDTH,
     case,
-    control_net,
-    ddim,
     module,
     pixel_module,
     pixels,
@@ -35,7 +33,6 @@ from .tiny import (
     text_encoder,
     tokenizer,
     unet,
-    vae,
 )
 
 
@@ -144,7 +141,7 @@ def test_the_level_is_that_of_the_call(monkeypatch):
 @pytest.mark.parametrize("scale", [0.0, 2.5])
 def test_guidance_by_hand(monkeypatch, scale):
     base, pipeline, call = case("stable_diffusion")
-    network, pure, a = pipeline.oms_module, torch.randn(1, 4, 8, 8), None
+    network, pure = pipeline.oms_module, torch.randn(1, 4, 8, 8)
     own = features([(base.tokenizer, base.text_encoder)], ["", "dark", "a cat"])
     calls = record_calls(network)
     base.scheduler.set_timesteps(3)
@@ -230,7 +227,7 @@ def test_batches_of_pixels_are_singles():
     assert len(case("pixels")[1](latents=torch.randn(3, 1, 8, 8), num_inference_steps=1).images) == 3
 
 
-def test_images_per_prompt(monkeypatch):
+def test_images_per_prompt():
     _, pipeline, call = case("stable_diffusion")
     prompts, noise = ["a cat", "a dog"], torch.randn(6, 4, 8, 8)
     extra = {"oms_guidance_scale": 2.0, "oms_negative_prompt": ["red", "blue"], "oms_step": "ddim"}
@@ -590,9 +587,3 @@ def test_refuses_encoders_of_another_width():
     unknown = unet()  # no text encoder at all
     with pytest.raises(ValueError, match=r"got widths \[0\] from the module"):
         OMSPipeline(module(), stable_diffusion(), unknown, tokenizer())(**call)
-
-
-def test_the_helpers_of_this_file_work():
-    assert vae().config.scaling_factor == 0.18215
-    assert control_net().vae_scale_factor == 2
-    assert ddim().config.steps_offset == 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
-from diffusers_ext import OMSUNet2DConditionModel, OMSUNet2DModel
+from diffusers_ext import OMSUNet2DConditionModel
 
 from .tiny import PIXELS, TEXT_BLOCKS, WIDTH, module, pixel_module
 
@@ -102,7 +102,3 @@ def test_gradients_reach_every_weight():
 def test_settings_that_act_through_time_are_refused(option):
     with pytest.raises(ValueError, match="must be None: they act through the time path"):
         OMSUNet2DConditionModel(**TEXT_BLOCKS, cross_attention_dim=WIDTH, **option)
-
-
-def test_the_pixel_network_keeps_its_class():
-    assert isinstance(pixel_module(), OMSUNet2DModel)
