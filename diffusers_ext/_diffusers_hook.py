@@ -1,7 +1,8 @@
 """Makes this package's pipelines loadable by Diffusers, in one place.
 
-`DiffusionPipeline.from_pretrained` looks a repo's `_class_name` up as an attribute of the module `diffusers`, and
-takes a component's loading method from a base class that it looks up in the component's own module.
+`DiffusionPipeline.from_pretrained` looks a repo's `_class_name` up as an attribute of the module `diffusers`,
+downloads components of listed libraries only, and takes a component's loading method from a base class that it looks
+up in the component's own module.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def install(modules: Mapping[str, str]) -> None:
             own = getattr(super(), "__getattr__", None)
             try:
                 if own is not None:
-                    return own(name)
+                    value = own(name)
+                    _allow_downloads()
+                    return value
                 raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
             except AttributeError:
                 if name.endswith("Pipeline") and name in modules:
@@ -48,6 +51,14 @@ def install(modules: Mapping[str, str]) -> None:
 
     WithExtension.__name__ = base.__name__
     module.__class__ = WithExtension
+    _allow_downloads()
+
+
+def _allow_downloads() -> None:
+    """Lists this package among the libraries whose components Diffusers downloads, once its loader is loaded."""
+    loader = sys.modules.get("diffusers.pipelines.pipeline_loading_utils")
+    if loader is not None:
+        getattr(loader, "LOADABLE_CLASSES", {}).setdefault("diffusers_ext", {})
 
 
 def loadable_base_class(name: str) -> Any:

@@ -13,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
+from scipy.stats import wasserstein_distance
 
 from diffusers_ext.data.digits import CLASSIFIER, DIGITS
 from diffusers_ext.data.sources import ImageDataset, load_images
@@ -23,12 +25,14 @@ from diffusers_ext.generation.pipeline import ImageGenerationPipeline
 from diffusers_ext.immiscible.recipe import ImmiscibleConfig, ImmiscibleRecipe
 from diffusers_ext.metrics.features import ImageClassifierFeatures, extract_features
 from diffusers_ext.metrics.frechet import frechet_distance
+from diffusers_ext.oms.pipeline import OMSPipeline
 from diffusers_ext.training.callbacks import image_grid
 from diffusers_ext.training.engine import Trainer
 
 __all__ = ["PANELS", "run_demo"]
 
-MODEL = Path(__file__).parent / "assets" / "digits-flow"
+ASSETS = Path(__file__).parent / "assets"
+MODEL = ASSETS / "digits-flow"
 STEPS = 16  # sampling steps
 COUNT = 256  # images behind each Frechet distance
 
@@ -106,6 +110,60 @@ def image_generation(output_dir: Path) -> Path:
     return path
 
 
+def one_more_step(output_dir: Path) -> Path:
+    """Draws photographs without and with One More Step and compares their brightness with real ones."""
+    print("Loading a model of photographs and its One More Step module")
+    base = DiffusionPipeline.from_pretrained(ASSETS / "photos-base")
+    pipeline = OMSPipeline.from_pretrained(ASSETS / "photos-oms", base=base)
+    file = np.load(ASSETS / "photos" / "photos.npz")
+    real, labels = file["images"] / 255, torch.tensor(file["labels"])
+
+    def drawn(title: str, **options: Any) -> Any:
+        pipeline.set_progress_bar_config(desc=title)
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(
+            class_labels=labels, num_inference_steps=STEPS, generator=generator, output_type="np", **options
+        ).images
+
+    images = {"photographs": real, "plain": drawn("plain", oms=False), "one more step": drawn("one more step")}
+    brightness = {title: pixels.mean((1, 2, 3)) for title, pixels in images.items()}
+    distance = {title: wasserstein_distance(b, brightness["photographs"]) for title, b in brightness.items()}
+    print(
+        "Wasserstein distance of mean brightness to that of photographs: "
+        f"plain {distance['plain']:.3f}, one more step {distance['one more step']:.3f}"
+    )
+    path = output_dir / "one_more_step.png"
+    order = np.argsort(labels.numpy(), kind="stable")[:: max(1, len(labels) // 64)][:64]
+    grids = {
+        title if title == "photographs" else f"{title} (W1 {distance[title]:.3f})": grid(
+            torch.tensor(pixels[order]).permute(0, 3, 1, 2) * 2 - 1
+        )
+        for title, pixels in images.items()
+    }
+    titled({**grids, "mean brightness": histogram(brightness)}).save(path)
+    return path
+
+
+def histogram(values: dict[str, np.ndarray], size: int = 256) -> Image.Image:
+    """Draws how often numbers in `[0, 1]` occur: the first set as an area, the others as lines."""
+    canvas = Image.new("RGB", (size, size), "white")
+    pen, colours = ImageDraw.Draw(canvas), ["lightgrey", "crimson", "royalblue"]
+    counts = {title: np.histogram(v, 24, (0, 1), density=True)[0] for title, v in values.items()}
+    top = max(c.max() for c in counts.values())
+    for i, (title, count) in enumerate(counts.items()):
+        corners = [(0.0, size - 1.0)]
+        for j, c in enumerate(count):
+            height = size - 1 - c / top * (size - 60)
+            corners += [(j * size / 24, height), ((j + 1) * size / 24, height)]
+        corners.append((size - 1.0, size - 1.0))
+        if i == 0:
+            pen.polygon(corners, fill=colours[0])
+        else:
+            pen.line(corners, fill=colours[i], width=2)
+        pen.text((4, 2 + 14 * i), title, fill="dimgrey" if i == 0 else colours[i], font_size=12)
+    return canvas
+
+
 def draw(pipeline: ImageGenerationPipeline, count: int) -> torch.Tensor:
     """Returns `(count, channels, height, width)` samples in `[-1, 1]`."""
     generator = torch.Generator().manual_seed(0)
@@ -119,7 +177,7 @@ def grid(images: torch.Tensor) -> Image.Image:
     return image_grid([Image.fromarray(p) for p in pixels])
 
 
-PANELS: list[Callable[[Path], Path]] = [image_generation]
+PANELS: list[Callable[[Path], Path]] = [image_generation, one_more_step]
 
 
 def run_demo(output_dir: Path) -> None:

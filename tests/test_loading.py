@@ -486,14 +486,14 @@ def test_sharded_weights_load(tmp_path):
 
 
 def test_a_cached_repo_loads_offline_at_a_revision(tmp_path):
-    """The Hub's cache layout, written by the Hub client itself."""
-    pipeline = ImageGenerationPipeline(unet(), DDIMScheduler())
+    """The Hub's cache layout, written by the Hub client itself; a pipeline and a network of ours within it."""
+    pipeline = OMSPipeline(pixel_module(), ImageGenerationPipeline(unet(), DDIMScheduler()))
     save_repo(pipeline, tmp_path / "repo")
     code = (
         "import sys, diffusers_ext, torch; from diffusers import DiffusionPipeline;"
         "p = DiffusionPipeline.from_pretrained('org/name', revision='main', "
         "local_files_only=sys.argv[2] == 'offline');"
-        "torch.save(p.unet.state_dict(), sys.argv[1])"
+        "torch.save({**p.oms_module.state_dict(), **p.sd_pipeline.unet.state_dict(prefix='base.')}, sys.argv[1])"
     )
     with HubServer() as hub:
         repo = tmp_path / "repo"
@@ -505,7 +505,9 @@ def test_a_cached_repo_loads_offline_at_a_revision(tmp_path):
     offline = process(code, tmp_path / "offline.pt", "offline", **environment)  # the server is gone
     assert offline.returncode == 0, offline.stderr
     found = torch.load(tmp_path / "offline.pt", weights_only=True)
-    assert all(torch.equal(found[k], v) for k, v in pipeline.unet.state_dict().items())
+    expected = {**pipeline.oms_module.state_dict(), **pipeline.sd_pipeline.unet.state_dict(prefix="base.")}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[k], v) for k, v in expected.items())
 
 
 class OuterPipeline(DiffusionPipeline):

@@ -89,7 +89,8 @@ class RepoCard:
             library_name="diffusers",
             license=self.license,
             tags=["diffusers", *self.tags],
-            base_model=self.base_model,
+            # The Hub takes repos only.
+            base_model=None if self.base_model is None or Path(self.base_model).exists() else self.base_model,
             datasets=self.datasets or None,
             pipeline_tag="unconditional-image-generation",
         )

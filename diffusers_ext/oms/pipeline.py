@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
-from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
@@ -23,10 +22,6 @@ from .text import encode, find_encoders
 from .unet import OMSUNet2DConditionModel, OMSUNet2DModel
 
 __all__ = ["OMSPipeline"]
-
-
-# Diffusers refuses to download repos with components of a library that is not listed here.
-LOADABLE_CLASSES.setdefault("diffusers_ext", {})
 
 
 class OMSPipeline(SafePipeline):

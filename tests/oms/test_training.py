@@ -128,7 +128,8 @@ def test_the_output_is_a_repo_that_names_its_base(folder, tmp_path):
         p.name for p in tmp_path.iterdir()
     }
     card = (tmp_path / "README.md").read_text()
-    assert f"base_model: {folder / 'base-without-weights'}" in card
+    assert f'DiffusionPipeline.from_pretrained("{folder / "base-without-weights"}")' in card
+    assert "base_model:" not in card  # a folder is no repo of the Hub
     assert f'OMSPipeline.from_pretrained("{tmp_path}", base=base)' in card
 
 
