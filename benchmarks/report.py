@@ -52,11 +52,34 @@ def distances(result):
     return lines
 
 
+def brightness(result):
+    """Returns a table of the experiment on brightness: one row a way of sampling, one column a measure."""
+    figures = result["figures"]
+    measures = {
+        "brightness_w1": "brightness (W1)",
+        "warmth_w1": "warmth (W1)",
+        "frechet_distance": "FD",
+        "class_reach": "reach of the classes",
+    }
+    rows = [name.removeprefix("brightness_w1_") for name in figures if name.startswith("brightness_w1_")]
+    lines = [
+        f"`{result['command']}` ({len(result['seeds'])} seeds, mean ± standard deviation):",
+        "",
+        "| sampling | " + " | ".join(measures.values()) + " |",
+        "|---|" + "---|" * len(measures),
+    ]
+    for row in rows:
+        cells = [shown(figures[f"{measure}_{row}"]) for measure in measures]
+        lines.append(f"| {row.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def tables():
     """Returns the text between the markers."""
     results = [json.loads(p.read_text()) for p in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
     parts = [goals(results)]
     parts += [distances(r) for r in results if any(name.startswith("fd_nfe") for name in r["figures"])]
+    parts += [brightness(r) for r in results if r["name"] == "oms"]
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
