@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -150,6 +151,12 @@ class Trainer:
                 project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"
             ),
         )
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != accelerator.num_processes:
+            raise ValueError(
+                f"`num_processes` must be 1 here, got {launched}: the launcher started processes that do not know of "
+                "each other. On a CPU use `ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`."
+            )
         if config.allow_tf32 and torch.cuda.is_available():
             torch.backends.cuda.matmul.allow_tf32 = True
         if accelerator.is_main_process:
@@ -230,6 +237,8 @@ class Trainer:
         config = self.config
         self._stopped = False
         self._last_loss = math.nan
+        self._sums: dict[str, torch.Tensor] = {}
+        self._summed = 0
         if config.resume_from_checkpoint is None:
             return
         path = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
@@ -248,7 +257,8 @@ class Trainer:
             else:  # switched on now: the average starts from the loaded weights
                 self.ema.restart(self.parameters)
         self.recipe.load_state_dict(state["recipe"])
-        self._last_loss = state["loss"]
+        self._last_loss, self._summed = state["loss"], state["summed"]
+        self._sums = {name: value.to(self.accelerator.device) for name, value in state["sums"].items()}
         self.step = manifest["step"]
         # With other batch sizes the nearest earlier update of the new size is where the data goes on.
         effective = self._micro_batch * config.gradient_accumulation_steps
@@ -282,8 +292,8 @@ class Trainer:
 
     def _loop(self, signals: StopSignals) -> None:
         config, accelerator, ctx = self.config, self.accelerator, self.ctx
-        sums: dict[str, torch.Tensor] = {}
-        micro_steps, since = 0, time.perf_counter()
+        sums, micro_steps = self._sums, self._summed
+        timed, since = 0, time.perf_counter()
         for batch in self._loader() if self.step < self.total_steps else ():
             first = self._micro_step * self._micro_batch + self.rng.rank * config.train_batch_size
             ctx.ids = range(first, first + config.train_batch_size)
@@ -301,6 +311,7 @@ class Trainer:
                 value = value.detach()
                 sums[name] = sums[name] + value if name in sums else value
             micro_steps += 1
+            timed += 1
             self._micro_step += 1
             if not accelerator.sync_gradients:
                 continue
@@ -311,8 +322,10 @@ class Trainer:
                     self.ema.step(self.parameters)
             self.step += 1
             if self.step % config.logging_steps == 0 or self.step == self.total_steps:
-                self._log(sums, micro_steps, time.perf_counter() - since - self._paused)
-                sums, micro_steps, since, self._paused = {}, 0, time.perf_counter(), 0.0
+                seconds = max(time.perf_counter() - since - self._paused, 1e-9)
+                self._log(sums, micro_steps, timed * self._micro_batch / seconds)
+                sums, micro_steps, timed, since, self._paused = {}, 0, 0, time.perf_counter(), 0.0
+            self._sums, self._summed = sums, micro_steps
             for callback in self.callbacks:
                 callback.on_step_end(self)
             self._stopped = self._stop_requested(signals)
@@ -331,17 +344,25 @@ class Trainer:
             self.accelerator.set_trigger()
         return bool(self.accelerator.check_trigger())
 
-    def _log(self, sums: dict[str, torch.Tensor], micro_steps: int, seconds: float) -> None:
-        means = self.accelerator.reduce(torch.stack([v.float() for v in sums.values()]) / micro_steps, "mean")
-        logs = dict(zip(sums, means.tolist(), strict=True))  # type: ignore[union-attr]
+    def _over_processes(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Averages the sums of all processes."""
+        if not sums:
+            return {}
+        means: Any = self.accelerator.reduce(torch.stack([value.float() for value in sums.values()]), "mean")
+        return dict(zip(sums, means, strict=True))
+
+    def _log(self, sums: dict[str, torch.Tensor], micro_steps: int, images_per_second: float) -> None:
+        means = torch.stack([*self._over_processes(sums).values()]) / micro_steps
+        values: list[float] = means.tolist()
+        logs = dict(zip(sums, values, strict=True))
         self._last_loss = logs["loss"]
         if not math.isfinite(self._last_loss):
             raise FloatingPointError(
                 f"the loss is {self._last_loss} at step {self.step}; checkpoints up to here are in "
                 f"{self.config.output_dir}. A lower `learning_rate` or `mixed_precision='bf16'` may help."
             )
-        logs["lr"] = self.lr_scheduler.get_last_lr()[0]
-        logs["images_per_second"] = micro_steps * self._micro_batch / max(seconds, 1e-9)
+        logs["lr"] = float(self.lr_scheduler.get_last_lr()[0])
+        logs["images_per_second"] = images_per_second
         for callback in self.callbacks:
             callback.on_log(self, logs)
 
@@ -353,6 +374,9 @@ class Trainer:
             "ema": self.ema.state_dict() if self.ema is not None else None,
             "recipe": self.recipe.state_dict(),
             "loss": self._last_loss,
+            # So that the first log after a resume is the mean over all its steps too.
+            "sums": {name: value.cpu() for name, value in self._over_processes(self._sums).items()},
+            "summed": self._summed,
         }
         path = save_checkpoint(
             self.accelerator,

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from diffusers_ext.data.digits import DIGITS
 from tests.hub.server import HubServer
 
-from .tiny import UNET, weights
+from .tiny import UNET, run, weights, write_data
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "training" / "configs"
@@ -244,3 +244,11 @@ def test_shipped_configurations_train_checkpoint_resume_and_save(tmp_path, name)
         assert f"KIND {KINDS[name].value} {processes} {start}\n" in result.stdout
     assert json.loads((tmp_path / "out" / "checkpoint-4" / "manifest.json").read_text())["world"] == processes
     assert_equal(loaded_elsewhere(str(tmp_path / "out"), tmp_path, **gpu), weights(tmp_path / "out"))
+
+
+def test_a_launcher_whose_processes_do_not_know_of_each_other_is_refused(tmp_path, monkeypatch):
+    """As `accelerate launch --config_file ddp.yaml` does on a CPU."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="`num_processes` must be 1 here, got 2"):
+        run(write_data(tmp_path / "data"), tmp_path / "out")
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()

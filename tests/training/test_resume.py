@@ -199,3 +199,15 @@ def test_a_changed_rate_and_schedule_count_from_the_resume_on(data, tmp_path):
         data, tmp_path, "lr_scheduler ('constant' -> 'linear')", max_train_steps=10, lr_scheduler="linear"
     )
     assert record.rates == pytest.approx([1e-3 * (10 - step) / 10 for step in range(7, 11)])
+
+
+def test_the_first_log_after_a_resume_is_that_of_the_whole_interval(data, tmp_path):
+    def logged(folder):
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+    common = {"max_train_steps": 8, "logging_steps": 4, "gradient_accumulation_steps": 2}
+    run(data, tmp_path / "whole", **common)
+    run(data, tmp_path / "cut", callback=Record(signal_at=6), **common)
+    run(data, tmp_path / "cut", resume_from_checkpoint="latest", **common)
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
