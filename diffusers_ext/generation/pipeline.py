@@ -15,6 +15,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_ext.hub.loading import SafePipeline
 
+from .latents import decoded
+
 __all__ = ["ImageGenerationPipeline"]
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -283,6 +285,5 @@ class ImageGenerationPipeline(SafePipeline):
     def _decode(self, sample: torch.Tensor, output_type: str) -> Any:
         images = sample / self.config["image_scale"]
         if self.vae is not None:
-            images = images / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
-            images = self.vae.decode(images.to(self.vae.dtype), return_dict=False)[0]
+            images = decoded(self.vae, images)
         return self.image_processor.postprocess(images.float(), output_type=output_type)

@@ -8,19 +8,20 @@ Of the base pipeline only the VAE, the text encoders and the scheduler are loade
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from diffusers_ext.generation.latents import decoded, latent_moments, scaled_latents
 from diffusers_ext.hub.card import RepoCard
 from diffusers_ext.training.config import described, require
-from diffusers_ext.training.images import ImageConfig, image_dataset, latent_moments, scaled_latents
+from diffusers_ext.training.images import ImageConfig, image_dataset
+from diffusers_ext.training.networks import make_network
 from diffusers_ext.training.recipe import Context, Modules, Recipe, Sample, StepOutput
 
 from .pipeline import OMSPipeline
@@ -173,25 +174,14 @@ class OMSRecipe(Recipe[OMSConfig]):
         return Modules(module, self.base.scheduler, frozen)
 
     def _new_module(self, size: int) -> Any:
-        config, arguments = self.config, dict(TEXT_MODULE if self.text_width else PIXEL_MODULE)
-        if config.module_config is not None:
-            path = Path(config.module_config)
-            require(path.is_file(), "module_config", config.module_config, "an existing JSON file")
-            arguments = {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("_")}
-        channels = self.unet_config["in_channels"]
-        arguments |= {"in_channels": channels, "out_channels": channels, "sample_size": size}
-        kind = OMSUNet2DModel
+        channels, kind, default = self.unet_config["in_channels"], OMSUNet2DModel, PIXEL_MODULE
+        fixed = {"in_channels": channels, "out_channels": channels, "sample_size": size}
         if self.text_width:
-            kind = OMSUNet2DConditionModel
-            arguments["cross_attention_dim"] = self.text_width
+            kind, default = OMSUNet2DConditionModel, TEXT_MODULE
+            fixed["cross_attention_dim"] = self.text_width
         elif self.classes:
-            arguments["num_class_embeds"] = self.classes
-        try:
-            return kind(**arguments)
-        except Exception as error:  # whatever a wrong argument runs into
-            raise ValueError(
-                f"`module_config` must describe a `{kind.__name__}`, got {config.module_config!r}: {error}"
-            ) from error
+            fixed["num_class_embeds"] = self.classes
+        return make_network(kind, "module_config", self.config.module_config, fixed, default)
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -274,14 +264,8 @@ class OMSRecipe(Recipe[OMSConfig]):
                 encoder.to(device)
             condition["encoder_hidden_states"] = encode(captions, self.encoders, device).to(module.dtype)
         images = -module(noise.to(module.dtype), **condition, return_dict=False)[0].float()
-        if self.vae is not None:
-            config = self.vae.config
-            images = images / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-            images = self.vae.decode(images.to(self.vae.dtype), return_dict=False)[0].float()
-        else:
-            images = images / self.image_scale
-        pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(p.squeeze(-1) if p.shape[-1] == 1 else p) for p in pixels]
+        images = images / self.image_scale if self.vae is None else decoded(self.vae, images).float()
+        return VaeImageProcessor(vae_scale_factor=1).postprocess(images, output_type="pil")  # type: ignore[return-value]
 
     def card(self) -> RepoCard:
         """Returns the card of the module."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -20,11 +19,13 @@ from diffusers import (
 )
 from PIL import Image
 
+from diffusers_ext.generation.latents import latent_moments, scaled_latents
 from diffusers_ext.generation.pipeline import ImageGenerationPipeline
 from diffusers_ext.hub.card import RepoCard
 
 from .config import described, require
-from .images import ImageConfig, image_dataset, latent_moments, scaled_latents
+from .images import ImageConfig, image_dataset
+from .networks import make_network
 from .noise import NOISE_STRATEGIES, NoiseStrategy, make_noise, offset_noise
 from .objectives import EpsX0V, FlowMatching, Objective
 from .recipe import Context, Modules, Recipe, Sample, StepOutput
@@ -206,29 +207,14 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
 
     def _new_unet(self, vae: Any) -> UNet2DModel:
         config = self.config
-        arguments: dict[str, Any] = {}
-        if config.unet_config is not None:
-            path = Path(config.unet_config)
-            require(path.is_file(), "unet_config", config.unet_config, "an existing JSON file")
-            try:
-                arguments = {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("_")}
-            except (ValueError, AttributeError) as error:
-                raise ValueError(
-                    f"`unet_config` must be a JSON object in a file, got {config.unet_config!r}: {error}"
-                ) from error
         channels, size = config.channels, config.resolution
         if vae is not None:
             channels, size = vae.config.latent_channels, size // 2 ** (len(vae.config.block_out_channels) - 1)
-        arguments |= {"in_channels": channels, "out_channels": channels, "sample_size": size}
+        fixed: dict[str, Any] = {"in_channels": channels, "out_channels": channels, "sample_size": size}
         self.null_class_label = self.data.num_classes if config.class_conditional else None
         if self.null_class_label is not None:
-            arguments["num_class_embeds"] = self.null_class_label + 1
-        try:
-            return UNet2DModel(**arguments)
-        except Exception as error:  # whatever a wrong argument runs into
-            raise ValueError(
-                f"`unet_config` must describe a `UNet2DModel`, got {config.unet_config!r}: {error}"
-            ) from error
+            fixed["num_class_embeds"] = self.null_class_label + 1
+        return make_network(UNet2DModel, "unet_config", config.unet_config, fixed, default={})
 
     def _new_scheduler(self) -> Any:
         config = self.config

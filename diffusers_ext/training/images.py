@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from diffusers_ext.data.sources import load_images
 
 from .config import TrainConfig, described, require
 
-__all__ = ["ImageConfig", "image_dataset", "latent_moments", "scaled_latents"]
+__all__ = ["ImageConfig", "image_dataset"]
 
 
 @dataclass
@@ -74,25 +72,3 @@ def image_dataset(config: ImageConfig, verify: bool, caption_column: str | None 
     if verify and not config.streaming:
         data.verify()
     return data
-
-
-def latent_moments(
-    vae: Any, pixels: torch.Tensor, dtype: torch.dtype = torch.float32
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encodes images in `[-1, 1]`.
-
-    Args:
-        vae: an `AutoencoderKL`.
-        pixels: `(batch, channels, height, width)`.
-        dtype: precision of `vae`.
-
-    Returns:
-        Mean and standard deviation of the posterior, before scaling.
-    """
-    posterior = vae.encode(pixels.to(dtype)).latent_dist
-    return posterior.mean, posterior.std
-
-
-def scaled_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Brings latents of a VAE into the space that is diffused, in fp32."""
-    return (latents.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
