@@ -36,8 +36,8 @@ def figure(value, unit, goal=None, spread=None):
     return entry
 
 
-def write_result(name, command, figures, seeds, seconds):
-    """Writes benchmarks/results/{name}.json and prints the figures."""
+def write_result(name, command, figures, seeds, seconds, table=None):
+    """Writes benchmarks/results/{name}.json and prints the figures; `table` as in report.py."""
     result = {
         "name": name,
         "command": command,
@@ -51,6 +51,8 @@ def write_result(name, command, figures, seeds, seconds):
         "seconds": round(seconds),
         "figures": figures,
     }
+    if table is not None:
+        result["table"] = table
     RESULTS.mkdir(exist_ok=True)
     partial = RESULTS / f"{name}.json.tmp"
     partial.write_text(json.dumps(result, indent=1) + "\n")

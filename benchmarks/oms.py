@@ -48,6 +48,24 @@ FIRST = {**BASE, "block_out_channels": [8, 16, 32], "layers_per_block": 1}
 SECOND = {**BASE, "block_out_channels": [16, 16, 24], "layers_per_block": 1}
 MODULE = {**BASE, "block_out_channels": [8, 16, 16], "layers_per_block": 1}
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+TABLE = {
+    "of": "sampling",
+    "rows": {
+        "real_halves": "real halves",
+        "plain": "plain",
+        "offset_noise": "offset noise",
+        "zero_snr": "zero SNR",
+        "oms": "One More Step",
+        "plain_second_base": "plain, second base",
+        "oms_second_base": "One More Step, second base",
+    },
+    "columns": {
+        "brightness_w1": "brightness (W1)",
+        "warmth_w1": "warmth (W1)",
+        "frechet_distance": "FD",
+        "class_reach": "reach of the classes",
+    },
+}
 VARIANTS = ["plain", "offset noise", "zero SNR", "OMS", "plain, second base", "OMS, second base"]
 
 
@@ -281,7 +299,7 @@ def main():
             print(f"seed {futures[future]} done after {time.perf_counter() - start:.0f} s", flush=True)
     plot(ROOT / "benchmarks" / "results" / "oms.png")
     results = [by_seed[seed] for seed in SEEDS]
-    write_result("oms", "python benchmarks/oms.py", summarise(results), SEEDS, time.perf_counter() - start)
+    write_result("oms", "python benchmarks/oms.py", summarise(results), SEEDS, time.perf_counter() - start, TABLE)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Writes the tables of measured results in README.md from the JSON files under benchmarks/results.
+"""Writes the tables of measured results from the JSON files under benchmarks/results.
+
+README.md gets every figure that has a goal, docs/results.md the tables of the experiments. A result says how its
+figures make up a table: `"table": {"of": head of the first column, "rows": {key: title}, "columns": {key: title}}`;
+a cell is the figure `{column key}_{row key}`.
 
 python benchmarks/report.py           # rewrites them
 python benchmarks/report.py --check   # fails if they differ
@@ -52,48 +56,43 @@ def distances(result):
     return lines
 
 
-def brightness(result):
-    """Returns a table of the experiment on brightness: one row a way of sampling, one column a measure."""
-    figures = result["figures"]
-    measures = {
-        "brightness_w1": "brightness (W1)",
-        "warmth_w1": "warmth (W1)",
-        "frechet_distance": "FD",
-        "class_reach": "reach of the classes",
-    }
-    rows = [name.removeprefix("brightness_w1_") for name in figures if name.startswith("brightness_w1_")]
+def declared(result):
+    """Returns the table that a result declares."""
+    figures, table = result["figures"], result["table"]
     lines = [
         f"`{result['command']}` ({len(result['seeds'])} seeds, mean ± standard deviation):",
         "",
-        "| sampling | " + " | ".join(measures.values()) + " |",
-        "|---|" + "---|" * len(measures),
+        f"| {table['of']} | " + " | ".join(table["columns"].values()) + " |",
+        "|---|" + "---|" * len(table["columns"]),
     ]
-    for row in rows:
-        cells = [shown(figures[f"{measure}_{row}"]) for measure in measures]
-        lines.append(f"| {row.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    for row, title in table["rows"].items():
+        cells = [shown(figures[key]) if (key := f"{column}_{row}") in figures else "" for column in table["columns"]]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return lines
 
 
-def tables():
-    """Returns the text between the markers."""
+def texts():
+    """Returns, for each file, what stands between its markers."""
     results = [json.loads(p.read_text()) for p in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
-    parts = [goals(results)]
-    parts += [distances(r) for r in results if any(name.startswith("fd_nfe") for name in r["figures"])]
-    parts += [brightness(r) for r in results if r["name"] == "oms"]
-    return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
+    parts = [distances(r) for r in results if any(name.startswith("fd_nfe") for name in r["figures"])]
+    parts += [declared(r) for r in results if "table" in r]
+    return {
+        "README.md": "\n".join(goals(results)) + "\n",
+        "docs/results.md": "\n\n".join("\n".join(lines) for lines in parts) + "\n",
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="fail instead of writing")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, rest = text.split(START)
-    new = before + START + tables() + END + rest.split(END)[1]
-    if args.check:
-        raise SystemExit(new != text and "README.md differs from benchmarks/results: run python benchmarks/report.py")
-    readme.write_text(new)
+    for name, tables in texts().items():
+        text = (ROOT / name).read_text()
+        before, rest = text.split(START)
+        new = before + START + tables + END + rest.split(END)[1]
+        if args.check and new != text:
+            raise SystemExit(f"{name} differs from benchmarks/results: run python benchmarks/report.py")
+        (ROOT / name).write_text(new)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def test_results_are_whole(path):
         assert re.fullmatch(r"(<=|>=|<|>) [\d.]+", figure.get("goal", "<= 0"))
 
 
-@pytest.mark.parametrize("document", ["README.md", "training/README.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/results.md", "training/README.md"])
 def test_linked_files_exist(document):
     path = ROOT / document
     links = re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text())

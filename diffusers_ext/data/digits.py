@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-__all__ = ["CLASSIFIER", "DIGITS"]
+__all__ = ["ASSETS", "CLASSIFIER", "DIGITS"]
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
+"""Everything that ships with the package."""
 DIGITS = ASSETS / "digits" / "digits.npz"
 """1,000 handwritten digits, 28x28, 100 of each class: held out from all training of shipped models."""
 CLASSIFIER = ASSETS / "digits-classifier"

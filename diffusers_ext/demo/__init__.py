@@ -1,0 +1,23 @@
+"""What `make demo` shows: one panel per method, each one function in a file of its own that takes the output folder.
+
+A panel loads what ships under `assets/`, prints its figures and returns the path of its picture.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from pathlib import Path
+
+__all__ = ["PANELS", "run_demo"]
+
+PANELS = ["image_generation", "one_more_step"]  # file and function have the same name
+
+
+def run_demo(output_dir: Path) -> None:
+    """Runs every panel and says where its picture is."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name in PANELS:
+        start = time.perf_counter()
+        path = getattr(importlib.import_module(f"{__name__}.{name}"), name)(output_dir)
+        print(f"{path}  ({time.perf_counter() - start:.0f} s)")
