@@ -24,12 +24,20 @@ from diffusers import (
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 import diffusers_ext
-from diffusers_ext import ImageClassifierFeatures, ImageGenerationPipeline, OMSPipeline, save_repo
+from diffusers_ext import (
+    ImageClassifierFeatures,
+    ImageGenerationPipeline,
+    NoiseDiffusionPipeline,
+    OMSPipeline,
+    StableDiffusionNoiseDiffusionPipeline,
+    StableDiffusionXLNoiseDiffusionPipeline,
+    save_repo,
+)
 from diffusers_ext.hub.repo import pipeline_code
 
 from .hub.server import HubServer
 from .oms.tiny import module as text_module
-from .oms.tiny import pixel_module, stable_diffusion, text_encoder, tokenizer
+from .oms.tiny import pixel_module, stable_diffusion, stable_diffusion_xl, text_encoder, tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,6 +89,42 @@ EXAMPLES = {
             lambda: ImageGenerationPipeline(unet(2), DDIMScheduler(), vae=vae()),
             num_inference_steps=2,
             output_type="pt",
+        ),
+    ],
+    "NoiseDiffusionPipeline": [
+        example(
+            lambda: NoiseDiffusionPipeline(unet(2), DDIMScheduler(clip_sample=False), vae=vae(), image_scale=2.0),
+            image_0=torch.linspace(0, 1, 3 * 256).reshape(3, 1, 16, 16),
+            num_frames=2,
+            num_inference_steps=4,
+            gamma=0.2,
+            output_type="pt",
+        ),
+    ],
+    "StableDiffusionNoiseDiffusionPipeline": [
+        example(
+            lambda: StableDiffusionNoiseDiffusionPipeline(
+                **stable_diffusion().components, requires_safety_checker=False
+            ),
+            image_0=torch.linspace(0, 1, 768).reshape(3, 16, 16),
+            image_1=torch.linspace(1, 0, 768).reshape(3, 16, 16),
+            prompt="a cat",
+            prompt_1="a dog",
+            guidance_scale=2.0,
+            num_frames=1,
+            num_inference_steps=4,
+            output_type="pt",
+        ),
+    ],
+    "StableDiffusionXLNoiseDiffusionPipeline": [
+        example(
+            lambda: StableDiffusionXLNoiseDiffusionPipeline(**stable_diffusion_xl().components, add_watermarker=False),
+            image_0=torch.linspace(0, 1, 768).reshape(3, 16, 16),
+            image_1=torch.linspace(1, 0, 768).reshape(3, 16, 16),
+            guidance_scale=1.0,
+            num_frames=1,
+            num_inference_steps=4,
+            output_type="latent",
         ),
     ],
     "OMSPipeline": [

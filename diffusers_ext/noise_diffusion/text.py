@@ -236,7 +236,7 @@ class TextInterpolationPipeline(InterpolationPipeline):
 
 def _texts(name: str, value: Any, count: int) -> list[str]:
     """Returns one text per image."""
-    texts = [value or ""] * count if value is None or isinstance(value, str) else list(value)
-    if len(texts) != count or not all(isinstance(text, str) for text in texts):
+    texts = [value or ""] * count if value is None or isinstance(value, str) else value
+    if not isinstance(texts, list) or len(texts) != count or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"`{name}` must be one text or {count}, one per image, got {value!r}.")
     return texts

@@ -1,6 +1,5 @@
 """The exact network for normal data, in each parametrisation, and the schedulers of the tests."""
 
-import torch
 from diffusers import DDIMScheduler
 
 REFERENCE = {

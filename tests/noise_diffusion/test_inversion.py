@@ -159,7 +159,10 @@ def test_callbacks_see_and_change_every_step():
         ({"num_inference_steps": 0}, r"`num_inference_steps` must be an integer in 1..1000, got 0"),
         ({"num_inference_steps": 2.5}, r"`num_inference_steps` must be an integer in 1..1000, got 2.5"),
         ({"num_inference_steps": 1001}, r"`num_inference_steps` must be an integer in 1..1000, got 1001"),
-        ({"scheduler": scheduler(steps_offset=1), "num_inference_steps": 1000}, "room for the scheduler's steps_offset"),
+        (
+            {"scheduler": scheduler(steps_offset=1), "num_inference_steps": 1000},
+            "room for the scheduler's steps_of",
+        ),
         ({"strength": 0.0}, r"`strength` must be a number in \(0, 1\], got 0.0"),
         ({"strength": 1.2}, r"`strength` must be a number in \(0, 1\], got 1.2"),
         ({"strength": 0.01}, "`strength` must give at least one of 10 steps, got 0.01"),

@@ -33,9 +33,7 @@ def test_mix_is_the_equation(w, gamma):
     z_0, z_1, x_0, x_1, noise = tensors(5)
     found = noise_diffusion_mix(z_0, z_1, x_0, x_1, w, 0.6, 0.8, gamma=gamma, noise=noise)
     assert found.shape == (1, *SHAPE)
-    torch.testing.assert_close(
-        found[0], by_hand(z_0, z_1, x_0, x_1, w, 0.36, gamma, noise=noise), atol=1e-12, rtol=0
-    )
+    torch.testing.assert_close(found[0], by_hand(z_0, z_1, x_0, x_1, w, 0.36, gamma, noise=noise), atol=1e-12, rtol=0)
 
 
 def test_every_number_may_differ_by_frame():
@@ -56,7 +54,9 @@ def test_weights_keep_their_sums_and_are_defined_at_the_ends():
     w = torch.linspace(0, 1, 11, dtype=torch.float64)
     for gamma in (0.0, 0.4, 1.0):
         alpha, beta, mu, nu = noise_diffusion_weights(w, gamma, 1.3)
-        torch.testing.assert_close(alpha**2 + beta**2 + gamma**2, torch.ones(11, dtype=torch.float64), atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            alpha**2 + beta**2 + gamma**2, torch.ones(11, dtype=torch.float64), atol=1e-12, rtol=0
+        )
         torch.testing.assert_close(mu + nu, torch.full((11,), 1.3, dtype=torch.float64), atol=1e-12, rtol=0)
     assert [round(float(v), 12) for v in noise_diffusion_weights(0.0)] == [1, 0, 1.2, 0]
     assert [round(float(v), 12) for v in noise_diffusion_weights(1.0)] == [0, 1, 0, 1.2]
@@ -148,9 +148,7 @@ def test_slerp():
 
 def test_embeddings():
     a, b = tensors(2)
-    torch.testing.assert_close(
-        interpolate_embeddings(a, b, [0.25]), (0.75 * a + 0.25 * b)[None], atol=1e-12, rtol=0
-    )
+    torch.testing.assert_close(interpolate_embeddings(a, b, [0.25]), (0.75 * a + 0.25 * b)[None], atol=1e-12, rtol=0)
     assert torch.equal(interpolate_embeddings(a, b, [0.25], "slerp"), slerp(a, b, [0.25]))
     with pytest.raises(ValueError, match="`mode` must be 'lerp' or 'slerp', got 'cubic'"):
         interpolate_embeddings(a, b, [0.5], "cubic")
