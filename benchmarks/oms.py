@@ -69,6 +69,18 @@ TABLE = {
 VARIANTS = ["plain", "offset noise", "zero SNR", "OMS", "plain, second base", "OMS, second base"]
 
 
+def cut_patches(photos, count, size, draw):
+    """Cuts square patches of random place and size, in random order, `(count, size, size, 3)` in uint8."""
+    patches = []
+    for i in range(count):
+        photo = photos[i % len(photos)]
+        side = int(draw.integers(size, 3 * size + 1))
+        top, left = draw.integers(0, photo.shape[0] - side), draw.integers(0, photo.shape[1] - side)
+        patch = Image.fromarray(photo[top : top + side, left : left + side])
+        patches.append(np.asarray(patch.resize((size, size), Image.Resampling.LANCZOS)))
+    return np.stack(patches)[draw.permutation(count)]
+
+
 def write_data():
     """Cuts 6,000 patches for training and 1,500 for reference out of photographs that ship with packages."""
     train, held_out = RUNS / "train.npz", RUNS / "held_out.npz"
@@ -87,15 +99,7 @@ def write_data():
         skimage.data.immunohistochemistry(),
         *load_sample_images().images,
     ]
-    draw = np.random.default_rng(0)
-    patches = []
-    for i in range(7500):
-        photo = photos[i % len(photos)]
-        side = int(draw.integers(SIZE, 97))
-        top, left = draw.integers(0, photo.shape[0] - side), draw.integers(0, photo.shape[1] - side)
-        patch = Image.fromarray(photo[top : top + side, left : left + side])
-        patches.append(np.asarray(patch.resize((SIZE, SIZE), Image.Resampling.LANCZOS)))
-    patches = np.stack(patches)[draw.permutation(len(patches))]
+    patches = cut_patches(photos, 7500, SIZE, np.random.default_rng(0))
     brightness = patches.mean((1, 2, 3))
     level = np.searchsorted(np.quantile(brightness, [0.25, 0.5, 0.75]), brightness)
     warmth = patches[..., 0].mean((1, 2)) - patches[..., 2].mean((1, 2))

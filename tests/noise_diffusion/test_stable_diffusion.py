@@ -5,7 +5,6 @@ import torch
 from diffusers import PNDMScheduler
 
 from diffusers_ext import StableDiffusionNoiseDiffusionPipeline, StableDiffusionXLNoiseDiffusionPipeline, noise_levels
-
 from tests.oms.tiny import quiet, stable_diffusion, stable_diffusion_xl
 
 
@@ -159,9 +158,8 @@ def test_the_posterior_is_drawn_by_the_generator():
 
 def test_half_precision_with_a_vae_that_overflows():
     pipeline = sd()
-    expected = pipeline(
-        A, B, "a cat", num_frames=2, num_inference_steps=4, output_type="pt", guidance_scale=2.0
-    ).images
+    options = {"num_frames": 2, "num_inference_steps": 4, "output_type": "pt", "guidance_scale": 2.0}
+    expected = pipeline(A, B, "a cat", **options).images
     half, seen = pipeline.to(torch.float16), []
     half.vae.register_to_config(force_upcast=True)
     decode = half.vae.decode
