@@ -111,7 +111,7 @@ class Digits:
         """Trains, or loads what was trained; returns the network and its scheduler."""
         scheduler, path = DDIMScheduler(clip_sample=False), RUNS / f"digits-{seed}.pt"
         torch.manual_seed(seed)
-        network, steps = Mlp(), 15_000
+        network, steps = Mlp(), 6000
         if path.is_file():
             network.load_state_dict(torch.load(path, weights_only=True))
             return network.eval(), scheduler
@@ -174,7 +174,7 @@ class Photos:
         unet.write_text(json.dumps({**blocks, "block_out_channels": [16, 32, 48], "layers_per_block": 1}))
         config = DenoisingConfig(
             output_dir=str(RUNS / f"photos-{seed}"), train_data_dir=str(RUNS / "photos.npz"), unet_config=str(unet),
-            resolution=16, train_batch_size=64, max_train_steps=2000, learning_rate=1e-3, lr_scheduler="cosine",
+            resolution=16, train_batch_size=64, max_train_steps=1200, learning_rate=2e-3, lr_scheduler="cosine",
             ema_decay=0.995, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, logging_steps=50,
             checkpointing_steps=200, checkpoints_total_limit=1, resume_from_checkpoint="latest", seed=seed,
             num_validation_images=16,

@@ -112,10 +112,11 @@ class InterpolationPipeline(SafePipeline):
             raise ValueError("`weights` must hold at least one number, got none.")
         # The checks are those of the mix itself: one number stands for a batch.
         one = torch.zeros(1, 1)
-        frames = noise_diffusion_mix(one, one, one, one, number, 0.0, 1.0, noise=one, **numbers)
-        if len(frames) != len(number):
-            names = [name for name, value in numbers.items() if torch.as_tensor(value or 0.0).numel() == len(frames)]
-            raise ValueError(f"`{names[0]}` must be one number or {len(number)}, one per frame, got {len(frames)}.")
+        frames = len(noise_diffusion_mix(one, one, one, one, number, 0.0, 1.0, noise=one, **numbers))
+        if frames > len(number):
+            raise ValueError(
+                f"`weights` must be as many as the numbers that are given per frame, got {len(number)} and {frames}."
+            )
         alpha_cumprod = levels.next_alpha_cumprod if legacy_timestep else levels.alphas_cumprod[-1]
         return Mixing(number, levels, method, numbers, alpha_cumprod, fixed_point_iterations, frame_batch_size)
 
