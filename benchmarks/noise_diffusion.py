@@ -61,19 +61,19 @@ class Mlp(nn.Module):
 
     def __init__(self, width=256, blocks=3):
         super().__init__()
-        self.first = nn.Linear(64 + 64, width)
+        self.first, self.time = nn.Linear(64, width), nn.Sequential(nn.Linear(64, width), nn.SiLU())
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
             for _ in range(blocks)
         )
-        self.last = nn.Linear(width, 64)
+        self.last = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 64))
 
     def forward(self, x, t):
         angle = torch.as_tensor(t).reshape(-1, 1) * torch.exp(torch.linspace(0, -9, 32))
-        time_features = torch.cat([angle.sin(), angle.cos()], 1).expand(len(x), -1)
-        h = self.first(torch.cat([x.flatten(1), time_features], 1))
+        time_features = self.time(torch.cat([angle.sin(), angle.cos()], 1)).expand(len(x), -1)
+        h = self.first(x.flatten(1))
         for block in self.blocks:
-            h = h + block(h)
+            h = h + block(torch.cat([h, time_features], 1))
         return self.last(h).reshape(x.shape)
 
 
@@ -111,7 +111,7 @@ class Digits:
         """Trains, or loads what was trained; returns the network and its scheduler."""
         scheduler, path = DDIMScheduler(clip_sample=False), RUNS / f"digits-{seed}.pt"
         torch.manual_seed(seed)
-        network, steps = Mlp(), 6000
+        network, steps = Mlp(), 15_000
         if path.is_file():
             network.load_state_dict(torch.load(path, weights_only=True))
             return network.eval(), scheduler
@@ -253,7 +253,7 @@ def plot(pictures, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure_, axes = plt.subplots(2, 4, figsize=(12, 9.4), constrained_layout=True)
+    figure_, axes = plt.subplots(2, 4, figsize=(14, 6), constrained_layout=True)
     titles = ["first", "second", *(name.replace("_", " ") for name in METHODS)]
     for ax, (kind, rows) in zip(axes.flat, pictures, strict=False):
         size = rows.shape[-1]
