@@ -13,14 +13,12 @@ from diffusers_ext.data.digits import ASSETS, DIGITS
 from diffusers_ext.noise_diffusion.base import METHODS
 from diffusers_ext.noise_diffusion.pipeline import NoiseDiffusionPipeline
 
-from .drawing import titled
-
 __all__ = ["noise_diffusion"]
 
 STEPS, FRAMES = 50, 5
 PAIR = (0, 4)
 """Two of the shipped digits."""
-NOISE = 0.15
+NOISE = 0.3
 """As a camera leaves it, in units of half the range of values."""
 
 
@@ -44,36 +42,34 @@ def noise_diffusion(output_dir: Path) -> Path:
     for method, diagnostics in found.items():
         print(f"norm ratio of the frames' states, {method}: {diagnostics['frames'].pooled['norm_ratio']:.3f}")
     path = output_dir / "noise_diffusion.png"
-    picture = titled({f"{NOISE:g} noise: the ends are real": _strip(rows)}, scale=3)
-    _with_text(picture, _lines(found)).save(path)
+    _picture(rows, found).save(path)
     return path
 
 
-def _strip(rows: dict[str, torch.Tensor]) -> Image.Image:
-    """One row of images a method."""
-    lines = [torch.cat(list(images[:, 0]), 1) for images in rows.values()]
-    return Image.fromarray((torch.cat(lines) * 255).round().byte().numpy())
-
-
-def _lines(found: dict[str, Any]) -> list[str]:
+def _picture(rows: dict[str, torch.Tensor], found: dict[str, Any], scale: int = 3) -> Image.Image:
+    """One row of images a method, the figures of its states beside it and those of the inversion below."""
+    left, head, height, width = 130, 28, 28 * scale, 28 * scale * (FRAMES + 2)
+    canvas = Image.new("RGB", (left + width + 190, head + height * len(rows) + 52), "white")
+    pen = ImageDraw.Draw(canvas)
+    titles = {left: "real", left + height: "frames", left + width - height: "real"}
+    for x, text in {**titles, left + width + 12: "states: norm, beyond 2"}.items():
+        pen.text((x, 6), text, fill="black", font_size=14)
+    for i, (method, images) in enumerate(rows.items()):
+        strip = Image.fromarray((torch.cat(list(images[:, 0]), 1) * 255).round().byte().numpy())
+        y = head + height * i
+        canvas.paste(strip.resize((width, height), Image.Resampling.NEAREST), (left, y))
+        pooled = found[method]["frames"].pooled
+        pen.text((8, y + height // 2 - 8), method.replace("_", " "), fill="black", font_size=14)
+        figures = f"{pooled['norm_ratio']:.2f}, {pooled['tail_2']:.1%}"
+        pen.text((left + width + 12, y + height // 2 - 8), figures, fill="black", font_size=14)
     inverted = found["slerp"]["inverted"]
-    lines = ["rows: " + ", ".join(name.replace("_", " ") for name in found), ""]
-    lines.append("state: norm over that of noise, values beyond 2")
-    for i, (ratio, tail) in enumerate(zip(inverted.norm_ratio, inverted.tail_2, strict=True)):
-        lines.append(f"image {i}, inverted: {ratio:.2f}, {tail:.1%}")
-    lines += [f"what inversion alone brings: {inverted.inflation:.2f}", "noise: 1.00, 4.6%"]
-    for name, diagnostics in found.items():
-        pooled = diagnostics["frames"].pooled
-        lines.append(f"frames, {name.replace('_', ' ')}: {pooled['norm_ratio']:.2f}, {pooled['tail_2']:.1%}")
-    return lines
-
-
-def _with_text(picture: Image.Image, lines: list[str]) -> Image.Image:
-    """Puts lines of text below a picture."""
-    height = 17
-    canvas = Image.new("RGB", (picture.width, picture.height + height * len(lines) + 8), "white")
-    canvas.paste(picture, (0, 0))
-    draw = ImageDraw.Draw(canvas)
-    for i, line in enumerate(lines):
-        draw.text((16, picture.height + height * i), line, fill="black", font_size=13)
+    ratios = ", ".join(f"{value:.2f}" for value in inverted.norm_ratio.tolist())
+    tails = ", ".join(f"{value:.1%}" for value in inverted.tail_2.tolist())
+    below = [
+        f"the real images, inverted: norm {ratios} of noise's, values beyond 2: {tails}, kurtosis "
+        f"{inverted.pooled['excess_kurtosis']:.1f}",
+        f"noise: 1.00, 4.6%, 0.0; inversion alone brings a norm of {inverted.inflation:.2f}",
+    ]
+    for i, line in enumerate(below):
+        pen.text((8, canvas.height - 46 + 20 * i), line, fill="black", font_size=14)
     return canvas
