@@ -5,7 +5,8 @@
 A latent text-to-image pipeline of Stable Diffusion's parts with small networks and random weights. "One by one" is one
 call of the pipeline per frame. The original's order of work is one image and one branch of the guidance at a time, at
 its settings: 200 steps, strength 0.7, five frames, guidance in denoising only; its forwards are counted, and its time
-is taken at fewer steps. The fixed-point correction is measured on the shipped model of digits. Every other figure but counts and memory is a ratio of two things timed in turn.
+is taken at fewer steps. The fixed-point correction is measured on the shipped model of digits. Every other figure but
+counts and memory is a ratio of two things timed in turn.
 """
 
 import os
