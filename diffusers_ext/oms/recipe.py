@@ -25,7 +25,7 @@ from diffusers_ext.training.networks import make_network
 from diffusers_ext.training.recipe import Context, Modules, Recipe, Sample, StepOutput
 
 from .pipeline import OMSPipeline
-from .precomputed import PrecomputedDataset
+from diffusers_ext.data.precomputed import PrecomputedDataset
 from .step import check_scheduler
 from .text import Encoders, encode, find_encoders
 from .unet import OMSUNet2DConditionModel, OMSUNet2DModel

@@ -1,4 +1,4 @@
-"""Latents and text computed once before training, kept in a folder, so that the VAE and the encoders run only once."""
+"""What is computed of images once before training, kept in a folder: latents, text, features."""
 
 from __future__ import annotations
 
