@@ -70,6 +70,10 @@ class PrecomputedDataset:
     def _file(self, start: int) -> Path:
         return self.folder / f"{start:08d}.safetensors"
 
+    def column(self, name: str) -> torch.Tensor:
+        """Returns what was computed of all images under a name."""
+        return self._columns[name]
+
     def get(self, index: int, generator: torch.Generator | None = None) -> dict[str, Any]:
         """Returns what was computed of an image, and its label; `generator` is not needed."""
         return {name: values[index] for name, values in self._columns.items()}

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from diffusers_ext.data.precomputed import PrecomputedDataset
 from diffusers_ext.generation.latents import decoded, latent_moments, scaled_latents
 from diffusers_ext.hub.card import RepoCard
 from diffusers_ext.training.config import described, require
@@ -25,7 +26,6 @@ from diffusers_ext.training.networks import make_network
 from diffusers_ext.training.recipe import Context, Modules, Recipe, Sample, StepOutput
 
 from .pipeline import OMSPipeline
-from diffusers_ext.data.precomputed import PrecomputedDataset
 from .step import check_scheduler
 from .text import Encoders, encode, find_encoders
 from .unet import OMSUNet2DConditionModel, OMSUNet2DModel
