@@ -104,13 +104,12 @@ def measure(name, seed):
     if not path.is_file():
         held_out, _ = small_models.tensors(small_models.RUNS / name / "held_out.npz")
         found = {}
-        with torch.no_grad():
-            for space, features in spaces(name).items():
-                real = extract_features(held_out, features)
-                for model in MODELS:
-                    for steps, images in samples(name, seed, model).items():
-                        distance = frechet_distance(extract_features(images, features), real)
-                        found[f"{space}/{model}/{steps}"] = distance
+        for space, features in spaces(name).items():
+            real = extract_features(held_out, features)
+            for model in MODELS:
+                for steps, images in samples(name, seed, model).items():
+                    distance = frechet_distance(extract_features(images, features), real)
+                    found[f"{space}/{model}/{steps}"] = distance
         path.write_text(json.dumps(found))
     return json.loads(path.read_text())
 
