@@ -79,7 +79,10 @@ def samples(name, seed, model):
         noise = torch.randn(COUNT, CHANNELS[name], SIZE, SIZE, generator=torch.Generator().manual_seed(1234))
         drawn = {
             f"steps_{steps}": np.concatenate(
-                [pipeline(latents=part, num_inference_steps=steps, output_type="np").images for part in noise.split(100)]
+                [
+                    pipeline(latents=part, num_inference_steps=steps, output_type="np").images
+                    for part in noise.split(100)
+                ]
             )
             for steps in CURVE
         }

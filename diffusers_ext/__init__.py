@@ -17,14 +17,22 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "data.sampler": ["PositionalBatchSampler", "SeededDataset"],
     "data.sources": ["load_images"],
+    "domain_studio.losses": [
+        "DomainStudioLoss",
+        "haar_high_frequency",
+        "pairwise_log_similarity",
+        "pairwise_similarity_loss",
+    ],
+    "domain_studio.recipe": ["DomainStudioConfig", "DomainStudioRecipe"],
     "generation.pipeline": ["ImageGenerationPipeline"],
     "hub.card": ["RepoCard"],
-    "hub.repo": ["push_repo", "save_repo"],
+    "hub.repo": ["push_repo", "save_lora_repo", "save_repo"],
     "immiscible.assignment": ["AssignmentNoise", "assignment_permutation"],
     "immiscible.distance": ["distance_cut"],
     "immiscible.nearest": ["NearestNoise", "knn_sample", "knn_select"],
     "immiscible.recipe": ["ImmiscibleConfig", "ImmiscibleRecipe"],
     "immiscible.sign_flip": ["SignFlipNoise"],
+    "metrics.diversity": ["intra_cluster_distance"],
     "metrics.features": [
         "ImageClassifierFeatures",
         "clip_features",
