@@ -7,7 +7,7 @@ For DDIM with \(\eta = 0\), from t to the next timestep s,
 
 from __future__ import annotations
 
-import copy
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -86,6 +86,8 @@ def differentiable_sample(
         else:
             prediction = predict(x, t)
         sample = scheduler.step(prediction, t, sample, **arguments, return_dict=False)[0]
+    # Multistep schedulers would hold the graph of this chain until the next one.
+    set_timesteps(scheduler, num_inference_steps, noise.device)
     return sample
 
 
@@ -105,8 +107,9 @@ def _check_arguments(scheduler: Any, num_inference_steps: int, eta: float, check
             f"`scheduler.config.prediction_type` must be one of {list(PREDICTIONS)}, got "
             f"{scheduler.config.prediction_type!r}."
         )
+    accepted = inspect.signature(type(scheduler).__init__).parameters  # a config may hold other schedulers' entries
     for name in ("clip_sample", "thresholding"):
-        if scheduler.config.get(name):
+        if name in accepted and scheduler.config[name]:
             raise ValueError(f"`scheduler.config.{name}` must be False, got True: it stops gradients in the chain.")
 
 
@@ -129,7 +132,7 @@ def check_chain(scheduler: Any, num_inference_steps: int) -> None:
             outputs.append(
                 differentiable_sample(
                     lambda x, t, return_dict, calls=calls: (next(calls) * x,),
-                    copy.deepcopy(scheduler),
+                    type(scheduler).from_config(scheduler.config),
                     torch.ones(1, 1, 1, 1),
                     num_inference_steps,
                     checkpointing="none",
