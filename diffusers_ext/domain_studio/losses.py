@@ -121,7 +121,8 @@ def pairwise_similarity_loss(
     if len(adapted) != len(source):
         raise ValueError(f"`source` must hold {len(adapted)} images as `adapted`, got {len(source)}.")
     ours, theirs = pairwise_log_similarity(adapted), pairwise_log_similarity(source)
-    return F.kl_div(ours, theirs, log_target=True, reduction="mean" if reduction == "elementwise" else "batchmean")
+    divergence = F.kl_div(ours, theirs, log_target=True, reduction="sum")
+    return divergence / (ours.numel() if reduction == "elementwise" else len(ours))
 
 
 class DomainStudioLoss:
