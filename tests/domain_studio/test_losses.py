@@ -30,7 +30,9 @@ def looped(adapted, source):
 
     ours = torch.stack([row(adapted, i) for i in range(len(adapted))])
     theirs = torch.stack([row(source, i) for i in range(len(source))])
-    return torch.nn.KLDivLoss(reduction="none")(ours.log(), theirs).mean(), (theirs * (theirs / ours).log()).sum() / len(ours)
+    return torch.nn.KLDivLoss(reduction="none")(ours.log(), theirs).mean(), (
+        theirs * (theirs / ours).log()
+    ).sum() / len(ours)
 
 
 @pytest.mark.parametrize("n", [3, 5, 16])
@@ -145,7 +147,9 @@ def test_noisy_images_may_be_left_out_of_the_pairs():
     loss = DomainStudioLoss(1.0, 1.0, 0.0, max_pair_timestep=500)
     terms = loss(adapted, source, adapted, snr=torch.ones(5), timesteps=t)
     kept = t <= 500
-    assert terms["pair"].item() == pytest.approx(pairwise_similarity_loss(adapted[kept], source[kept]).item(), rel=1e-6)
+    assert terms["pair"].item() == pytest.approx(
+        pairwise_similarity_loss(adapted[kept], source[kept]).item(), rel=1e-6
+    )
     none = loss(adapted, source, adapted, snr=torch.ones(5), timesteps=t + 600)
     assert (none["pair"].item(), none["hf_pair"].item()) == (0.0, 0.0)
 
