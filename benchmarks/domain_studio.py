@@ -103,8 +103,8 @@ def draw(folder):
     pipeline = ImageGenerationPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.randn(COUNT, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(1234))
-    parts = [pipeline(latents=part, num_inference_steps=SAMPLING, output_type="np").images for part in noise.split(100)]
-    return np.concatenate(parts)
+    call = {"num_inference_steps": SAMPLING, "output_type": "np"}
+    return np.concatenate([pipeline(latents=part, **call).images for part in noise.split(100)])
 
 
 def compare(images, ten, held_out, features):
@@ -139,6 +139,10 @@ def key(text):
     return text.replace(" ", "_").lower()
 
 
+def spread(values):
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
 def summarise(by_seed):
     figures = {}
     for steps in STEPS:
@@ -146,12 +150,12 @@ def summarise(by_seed):
         for name, goal in (("intra_cluster", ">= 1.15"), ("frechet_distance", "<= 1"), ("to_nearest", None)):
             ratios = [m[f"DomainStudio {steps}"][name] / m[f"plain {steps}"][name] for m in by_seed]
             figures[f"domain_studio_over_plain_{name}_{steps}"] = figure(
-                statistics.mean(ratios), "ratio", goal if last else None, statistics.stdev(ratios)
+                statistics.mean(ratios), "ratio", goal if last else None, spread(ratios)
             )
     for row in by_seed[0]:
         for name in FIGURES:
             values = [m[row][name] for m in by_seed]
-            figures[f"{name}_{key(row)}"] = figure(statistics.mean(values), "distance", spread=statistics.stdev(values))
+            figures[f"{name}_{key(row)}"] = figure(statistics.mean(values), "", spread=spread(values))
     return figures
 
 
@@ -183,13 +187,18 @@ def main():
     for seed in SEEDS:
         by_seed.append(measure(seed))
         print(f"seed {seed} done after {time.perf_counter() - start:.0f} s", flush=True)
+        report(by_seed, SEEDS[: seed + 1], time.perf_counter() - start)
+
+
+def report(by_seed, seeds, seconds):
+    """Writes what there is after so many seeds."""
     rows = {key(row): row for row in by_seed[0]}
     rows |= {key(f"{v} {s}"): f"{v}, {s} updates" for v in VARIANTS for s in STEPS}
     rows |= {"source": "source, not adapted", "real": "real digits of the target"}
     table = {"of": "model", "rows": rows, "columns": FIGURES}
     plot(ROOT / "benchmarks" / "results" / "domain_studio.png")
-    seconds, command = time.perf_counter() - start, "python benchmarks/domain_studio.py"
-    write_result("domain_studio", command, summarise(by_seed), SEEDS, seconds, table)
+    command = "python benchmarks/domain_studio.py"
+    write_result("domain_studio", command, summarise(by_seed), seeds, seconds, table)
 
 
 if __name__ == "__main__":

@@ -121,13 +121,17 @@ def key(text):
     return text.replace(" ", "_")
 
 
+def spread(values):
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
 def summarise(name, by_seed):
     figures = {}
     for steps in (5, 10):
         for space, goal in (("fd_held_out", "<= 0.5"), ("fd_tuning", "<= 0.5"), ("fd_pixels", "<= 1")):
             ratios = [m[f"{space}/tuned for {steps}/{steps}"] / m[f"{space}/untuned/{steps}"] for m in by_seed]
             figures[f"{space}_ratio_steps{steps}_{name}"] = figure(
-                statistics.mean(ratios), "ratio", goal, statistics.stdev(ratios)
+                statistics.mean(ratios), "ratio", goal, spread(ratios)
             )
     for model in MODELS:
         for steps in CURVE:
@@ -172,6 +176,11 @@ def main():
             small_models.classifier(name, "tuning")
             found.append(measure(name, seed))
             print(f"{name}, seed {seed} done after {time.perf_counter() - start:.0f} s", flush=True)
+        report(measured, SEEDS[: seed + 1], time.perf_counter() - start)
+
+
+def report(measured, seeds, seconds):
+    """Writes what there is after so many seeds."""
     figures = {}
     for name, found in measured.items():
         figures |= summarise(name, found)
@@ -185,10 +194,8 @@ def main():
         },
         "columns": SPACES,
     }
-    results = ROOT / "benchmarks" / "results"
-    plot(measured, results / "mmd_ddm.png")
-    seconds = time.perf_counter() - start
-    write_result("mmd_ddm", "python benchmarks/mmd_ddm.py", figures, SEEDS, seconds, table)
+    plot(measured, ROOT / "benchmarks" / "results" / "mmd_ddm.png")
+    write_result("mmd_ddm", "python benchmarks/mmd_ddm.py", figures, seeds, seconds, table)
 
 
 if __name__ == "__main__":

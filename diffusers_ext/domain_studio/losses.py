@@ -221,6 +221,6 @@ class DomainStudioLoss:
         if pair:
             terms["pair"] = adapted.sum() * 0 if few else pair * pairwise_similarity_loss(adapted, source)
         if hf:
-            high = [haar_high_frequency(images.float()) for images in (adapted, source)]
-            terms["hf_pair"] = adapted.sum() * 0 if few else hf * pairwise_similarity_loss(*high)
+            ours, theirs = haar_high_frequency(adapted.float()), haar_high_frequency(source.float())
+            terms["hf_pair"] = adapted.sum() * 0 if few else hf * pairwise_similarity_loss(ours, theirs)
         return terms

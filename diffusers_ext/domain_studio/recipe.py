@@ -109,8 +109,8 @@ class DomainStudioConfig(ImageConfig):
         """
         defaults = (100.0, 100.0, 0.1) if self.text else (4.0, 4.0, 1.0)
         given = (self.pair_weight, self.hf_pair_weight, self.hf_mse_weight)
-        weights = [default if value is None else value for value, default in zip(given, defaults, strict=True)]
-        return DomainStudioLoss(*weights, self.hf_mse_weighting, self.max_pair_timestep)
+        pair, hf_pair, hf_mse = (d if value is None else value for value, d in zip(given, defaults, strict=True))
+        return DomainStudioLoss(pair, hf_pair, hf_mse, self.hf_mse_weighting, self.max_pair_timestep)
 
 
 class DomainStudioRecipe(Recipe[DomainStudioConfig]):
@@ -156,7 +156,8 @@ class DomainStudioRecipe(Recipe[DomainStudioConfig]):
         return PairedDataset(data, load_images(train_data_dir=folder, random_flip=config.random_flip, **options))
 
     def _check_size(self) -> None:
-        config, unet, vae = self.config, self.model.unet.config, self.model.vae
+        config, vae = self.config, self.model.vae
+        unet: Any = self.model.unet.config
         name = config.pretrained_model_name_or_path
         factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         size = unet.sample_size if isinstance(unet.sample_size, int) else unet.sample_size[0]
@@ -172,7 +173,8 @@ class DomainStudioRecipe(Recipe[DomainStudioConfig]):
 
     def setup(self, ctx: Context[DomainStudioConfig]) -> Modules:
         """Hands over the network to adapt, and keeps the source where a loss needs it."""
-        model, scheduler = self.model, self.model.training_scheduler
+        model: Any = self.model
+        scheduler = model.training_scheduler
         length = scheduler.config.num_train_timesteps
         self.losses = self.config.make_loss()
         flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)

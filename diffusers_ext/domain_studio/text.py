@@ -48,7 +48,7 @@ class TextModel:
             )
         self.unet, self.vae, self.rank, self.prompts = unet, self.pipe.vae, rank, prompts
         self.scheduler = self.pipe.scheduler
-        self.training_scheduler = DDPMScheduler.from_config(self.scheduler.config)
+        self.training_scheduler: Any = DDPMScheduler.from_config(self.scheduler.config)
         self.frozen: dict[str, Any] = {"vae": self.vae, "text_encoder": encoder}
         self._text: dict[str, torch.Tensor] = {}
         if rank is not None:
@@ -79,17 +79,16 @@ class TextModel:
     def source(self, ctx: Context[Any], noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Returns the source's prediction for the prompt of the class, without gradient."""
         text = self.condition("class", len(noisy))["encoder_hidden_states"]
-        unet = ctx.modules.frozen.get("source")
-        adapter = None if unet is not None else ctx.accelerator.unwrap_model(ctx.model)
-        unet = adapter if unet is None else unet
+        lora = self.rank is not None
+        unet: Any = ctx.accelerator.unwrap_model(ctx.model) if lora else ctx.modules.frozen["source"]
         was_training = unet.training
+        if lora:
+            unet.eval().disable_adapters()
         with torch.no_grad():
-            if adapter is not None:
-                adapter.eval().disable_adapters()
             prediction = unet(noisy.to(unet.dtype), t, encoder_hidden_states=text.to(unet.dtype), return_dict=False)[0]
-            if adapter is not None:
-                adapter.enable_adapters()
-                adapter.train(was_training)
+        if lora:
+            unet.enable_adapters()
+            unet.train(was_training)
         return prediction.float()
 
     def pipeline(self, modules: Modules) -> DiffusionPipeline:

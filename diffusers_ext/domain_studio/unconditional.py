@@ -42,7 +42,7 @@ class UnconditionalModel:
             )
         self.unet, self.vae, self.image_scale = denoiser.unet, denoiser.vae, denoiser.image_scale
         flow = isinstance(denoiser.scheduler, FlowMatchEulerDiscreteScheduler)
-        self.scheduler = denoiser.scheduler if flow else DDIMScheduler.from_config(denoiser.scheduler.config)
+        self.scheduler: Any = denoiser.scheduler if flow else DDIMScheduler.from_config(denoiser.scheduler.config)
         self.training_scheduler = self.scheduler
         self.frozen: dict[str, Any] = {} if self.vae is None else {"vae": self.vae}
 

@@ -216,7 +216,7 @@ class ImageGenerationPipeline(SafePipeline):
         """
         tuned = self.config["tuned_inference_steps"]
         if num_inference_steps is None:
-            num_inference_steps = 50 if tuned is None else tuned
+            num_inference_steps = int(50 if tuned is None else tuned)
         labels = None
         if class_labels is not None:
             labels = torch.as_tensor([class_labels] if isinstance(class_labels, int) else class_labels)

@@ -35,7 +35,8 @@ def set_timesteps(
         scheduler.set_timesteps(sigmas=sigmas, device=device)
     else:
         raise ValueError(f"`sigmas` must be left out: {type(scheduler).__name__} does not take them.")
-    return scheduler.timesteps
+    timesteps: Any = scheduler.timesteps
+    return timesteps
 
 
 def step_arguments(scheduler: Any, eta: float, generator: Any) -> dict[str, Any]:

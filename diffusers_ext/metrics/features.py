@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -189,8 +190,8 @@ def clip_features(name: str, device: torch.device | str | None = None) -> Callab
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     device = "cpu" if device is None else device
-    network = CLIPVisionModelWithProjection.from_pretrained(name, use_safetensors=True)
-    network = network.requires_grad_(False).eval().to(device)  # pyright: ignore[reportArgumentType]
+    network: Any = CLIPVisionModelWithProjection.from_pretrained(name, use_safetensors=True)
+    network = network.requires_grad_(False).eval().to(device)
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     size = network.config.image_size
 
@@ -230,8 +231,8 @@ def feature_extractor(name: str, device: torch.device | str | None = None) -> Ca
         if kind == "clip" and repo:
             return clip_features(repo, device)
         if kind == "classifier" and repo:
-            network = ImageClassifierFeatures.from_pretrained(repo).requires_grad_(False).eval()
-            return network.to(torch.device("cpu" if device is None else device)).features
+            network: Any = ImageClassifierFeatures.from_pretrained(repo).requires_grad_(False).eval()
+            return network.to("cpu" if device is None else device).features
     except (OSError, ValueError) as error:
         raise ValueError(f"`features` must name a model that loads, got {name!r}: {error}") from error
     raise ValueError(f"`features` must be 'pixels', 'inception', 'clip:REPO' or 'classifier:REPO', got {name!r}.")
