@@ -138,7 +138,7 @@ def summarise(name, by_seed):
             for space in SPACES:
                 values = [m[f"{space}/{model}/{steps}"] for m in by_seed]
                 figures[f"{space}_{steps}_{key(model)}_{name}"] = figure(
-                    statistics.mean(values), "distance", spread=statistics.stdev(values)
+                    statistics.mean(values), "distance", spread=spread(values)
                 )
     return figures
 
