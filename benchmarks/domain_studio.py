@@ -4,8 +4,8 @@
 
 The source is a DDPM of MNIST digits at 16x16. The target domain is the UCI digits that ship with scikit-learn, thick
 and large ones from other writers and another scanner; each seed draws ten of them. Plain fine-tuning, DomainStudio,
-and DomainStudio without one of its terms start alike and see the same batches. After 150 and 300 updates, on 400 samples:
-Frechet distance to 900 held-out target digits in the features of a classifier of them, mean distance of
+and DomainStudio without one of its terms start alike and see the same batches. After 150 and 300 updates, on 400
+samples: Frechet distance to 900 held-out target digits in the features of a classifier of them, mean distance of
 samples with the same nearest training image (intra-cluster), and mean distance to the nearest training image.
 
 Training resumes where it was interrupted, and what is finished is not done again (runs/domain_studio). The result is
