@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, UNet2DModel
+from diffusers import AutoencoderKL, ImagePipelineOutput, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -16,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers_ext.hub.loading import SafePipeline
 
 from .latents import decoded
+from .stepping import scaled_input, set_timesteps, step_arguments
 
 __all__ = ["ImageGenerationPipeline"]
 
@@ -32,6 +32,8 @@ class ImageGenerationPipeline(SafePipeline):
         vae: `AutoencoderKL` if `unet` works on latents.
         image_scale: what pixels (or scaled latents) were multiplied by in training; samples are divided by it.
         null_class_label: the label that stands for "no class", needed for guidance.
+        tuned_inference_steps: the number of steps, without `eta` or `sigmas`, that the UNet was tuned for and is good
+            at. It becomes the default, and a call that departs from it gets a warning.
 
     Example:
         >>> import torch
@@ -66,12 +68,21 @@ class ImageGenerationPipeline(SafePipeline):
         vae: AutoencoderKL | None = None,
         image_scale: float = 1.0,
         null_class_label: int | None = None,
+        tuned_inference_steps: int | None = None,
     ) -> None:
         super().__init__()
         if not image_scale > 0:
             raise ValueError(f"`image_scale` must be a number > 0, got {image_scale!r}.")
+        if tuned_inference_steps is not None and tuned_inference_steps < 1:
+            raise ValueError(
+                f"`tuned_inference_steps` must be an integer >= 1 or left out, got {tuned_inference_steps!r}."
+            )
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
-        self.register_to_config(image_scale=image_scale, null_class_label=null_class_label)
+        self.register_to_config(
+            image_scale=image_scale,
+            null_class_label=null_class_label,
+            tuned_inference_steps=tuned_inference_steps,
+        )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self._guidance_scale, self._guidance_rescale = 1.0, 0.0
         self._num_timesteps = 0
@@ -164,7 +175,7 @@ class ImageGenerationPipeline(SafePipeline):
         self,
         batch_size: int | None = None,
         class_labels: int | list[int] | torch.Tensor | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
         eta: float = 0.0,
@@ -181,7 +192,7 @@ class ImageGenerationPipeline(SafePipeline):
         Args:
             batch_size: number of images, by default the number of `class_labels`, or 1.
             class_labels: one label for all images, or one per image, `(batch,)`.
-            num_inference_steps: scheduler steps.
+            num_inference_steps: scheduler steps, by default those that the model was tuned for, or else 50.
             guidance_scale: w of classifier-free guidance, `null + w * (class - null)`; 1 turns it off.
             guidance_rescale: brings the guided prediction back towards the standard deviation of the unguided one,
                 from 0 (off) to 1; guidance overexposes models of zero terminal SNR (arXiv 2305.08891, section 3.4).
@@ -203,6 +214,9 @@ class ImageGenerationPipeline(SafePipeline):
         Raises:
             ValueError: an argument is wrong or contradicts another.
         """
+        tuned = self.config["tuned_inference_steps"]
+        if num_inference_steps is None:
+            num_inference_steps = int(50 if tuned is None else tuned)
         labels = None
         if class_labels is not None:
             labels = torch.as_tensor([class_labels] if isinstance(class_labels, int) else class_labels)
@@ -217,23 +231,29 @@ class ImageGenerationPipeline(SafePipeline):
             output_type,
             callback_on_step_end_tensor_inputs,
         )
+        if tuned is not None and (num_inference_steps != tuned or eta or sigmas is not None):
+            warnings.warn(
+                f"this model was tuned for num_inference_steps={tuned} without `eta` or `sigmas` and is worse with "
+                f"others; got num_inference_steps={num_inference_steps}, eta={eta}, sigmas={sigmas}.",
+                stacklevel=3,  # past `torch.no_grad`
+            )
         device, dtype = self._execution_device, self.unet.dtype
         self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
         labels = None if labels is None else labels.to(device).expand(batch_size)
 
-        timesteps = self._set_timesteps(num_inference_steps, sigmas, device)
+        timesteps = set_timesteps(self.scheduler, num_inference_steps, device, sigmas)
         self._num_timesteps = len(timesteps)
         if latents is None:
             latents = randn_tensor(
                 (batch_size, *self._latent_shape()), generator=generator, device=device, dtype=dtype
             )
         sample: torch.Tensor = latents.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        step_arguments = self._step_arguments(eta, generator)
+        arguments = step_arguments(self.scheduler, eta, generator)
 
         with self.progress_bar(total=len(timesteps)) as progress_bar:  # pyright: ignore[reportCallIssue]
             for i, t in enumerate(timesteps):
                 prediction = self._predict(sample, t, labels, guidance_scale)
-                sample = self.scheduler.step(prediction, t, sample, **step_arguments, return_dict=False)[0]
+                sample = self.scheduler.step(prediction, t, sample, **arguments, return_dict=False)[0]
                 sample = sample.to(dtype)
                 if callback_on_step_end is not None:
                     changed = callback_on_step_end(self, i, t, {"latents": sample})
@@ -244,33 +264,10 @@ class ImageGenerationPipeline(SafePipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _set_timesteps(
-        self, num_inference_steps: int, sigmas: list[float] | None, device: torch.device
-    ) -> torch.Tensor:
-        if sigmas is None and isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
-            # Its own grid ends at 1/1000 before 0: with few steps the last one would be wasted.
-            sigmas = list(np.linspace(1.0, 1 / num_inference_steps, num_inference_steps))
-        if sigmas is None:
-            self.scheduler.set_timesteps(num_inference_steps, device=device)
-        elif "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters:
-            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
-        else:
-            raise ValueError(f"`sigmas` must be left out: {type(self.scheduler).__name__} does not take them.")
-        timesteps: torch.Tensor = self.scheduler.timesteps  # pyright: ignore[reportAssignmentType]
-        return timesteps
-
-    def _step_arguments(self, eta: float, generator: Any) -> dict[str, Any]:
-        accepted = inspect.signature(self.scheduler.step).parameters
-        if eta and "eta" not in accepted:
-            raise ValueError(f"`eta` must be 0: {type(self.scheduler).__name__} does not take it, got {eta}.")
-        arguments = {"eta": eta, "generator": generator}
-        return {name: value for name, value in arguments.items() if name in accepted}
-
     def _predict(
         self, sample: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
     ) -> torch.Tensor:
-        if hasattr(self.scheduler, "scale_model_input"):
-            sample = self.scheduler.scale_model_input(sample, t)
+        sample = scaled_input(self.scheduler, sample, t)
         if labels is None or guidance_scale == 1.0:
             return self.unet(sample, t, class_labels=labels, return_dict=False)[0]
         both = torch.cat([torch.full_like(labels, self.config["null_class_label"]), labels])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from PIL import Image
 
 from .card import RepoCard, default_snippet, fill_in_repo_id
 
-__all__ = ["pipeline_code", "push_repo", "save_repo"]
+__all__ = ["pipeline_code", "push_repo", "save_lora_repo", "save_repo"]
 
 IGNORED = ["checkpoint-*", "checkpoint-*/**", "*.tmp", "*.tmp/**", "logs/**", "samples/**", "precomputed-*/**"]
 
@@ -75,14 +77,10 @@ def save_repo(
     Raises:
         ValueError: `self_contained` with a pipeline that is not of this package.
     """
-    target = Path(save_directory)
     name, own = type(pipeline).__name__, type(pipeline).__module__ == "diffusers_ext"
     if self_contained and not own:
         raise ValueError(f"`self_contained` must be False for a pipeline of another package, got {name}.")
-    target.mkdir(parents=True, exist_ok=True)
-    # Within the target, so that it is the same file system; the upload ignores it.
-    with tempfile.TemporaryDirectory(prefix=".save-", suffix=".tmp", dir=target) as partial:
-        folder = Path(partial)
+    with _written_whole(save_directory) as folder:
         pipeline.save_pretrained(folder, safe_serialization=True, variant=variant)
         if own:
             (folder / "pipeline.py").write_text(pipeline_code(name))
@@ -91,20 +89,63 @@ def save_repo(
             entries = json.loads(index.read_text())
             entries["_class_name"] = ["pipeline", name]
             index.write_text(json.dumps(entries, indent=2) + "\n")
-        if sample is not None:
-            sample.save(folder / "sample.png")
-        if card is not None:
-            if card.snippet is None:
-                conditional = getattr(getattr(pipeline, "unet", None), "class_embedding", None) is not None
-                call = "class_labels=0" if conditional else ""
-                card = replace(card, snippet=default_snippet(own, self_contained, call))
-            text = card.model_card(str(save_directory), "sample.png" if sample is not None else None)
-            (folder / "README.md").write_text(str(text), encoding="utf-8")
-            for file, values in (("training_arguments.json", card.arguments), ("results.json", card.results)):
-                (folder / file).write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
-        for entry in sorted(folder.iterdir()):
+        if card is not None and card.snippet is None:
+            conditional = getattr(getattr(pipeline, "unet", None), "class_embedding", None) is not None
+            call = "class_labels=0" if conditional else ""
+            card = replace(card, snippet=default_snippet(own, self_contained, call))
+        _describe(folder, str(save_directory), card, sample)
+    return Path(save_directory)
+
+
+def save_lora_repo(
+    pipeline: Any,
+    save_directory: str | os.PathLike,
+    *,
+    card: RepoCard | None = None,
+    sample: Image.Image | None = None,
+) -> Path:
+    """Writes the LoRA layers of a pipeline's UNet as a Hub repo that `load_lora_weights` reads.
+
+    Args:
+        pipeline: a pipeline with LoRA, whose `unet` has a peft adapter.
+        save_directory: the folder; see `save_repo`.
+        card: contents of README.md, `training_arguments.json` and `results.json`; it should bring a snippet.
+        sample: picture for the card.
+
+    Returns:
+        The folder.
+    """
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+    layers = {name: value.detach().float().cpu().contiguous() for name, value in layers.items()}
+    with _written_whole(save_directory) as folder:
+        type(pipeline).save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
+        _describe(folder, str(save_directory), card, sample)
+    return Path(save_directory)
+
+
+@contextlib.contextmanager
+def _written_whole(directory: str | os.PathLike) -> Iterator[Path]:
+    """Gives a folder whose content is moved to `directory` in the end."""
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    # Within the target, so that it is the same file system; the upload ignores it.
+    with tempfile.TemporaryDirectory(prefix=".save-", suffix=".tmp", dir=target) as partial:
+        yield Path(partial)
+        for entry in sorted(Path(partial).iterdir()):
             _replace(entry, target / entry.name)
-    return target
+
+
+def _describe(folder: Path, repo_id: str, card: RepoCard | None, sample: Image.Image | None) -> None:
+    if sample is not None:
+        sample.save(folder / "sample.png")
+    if card is not None:
+        text = card.model_card(repo_id, "sample.png" if sample is not None else None)
+        (folder / "README.md").write_text(str(text), encoding="utf-8")
+        for file, values in (("training_arguments.json", card.arguments), ("results.json", card.results)):
+            (folder / file).write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def _replace(source: Path, destination: Path) -> None:
@@ -154,8 +195,11 @@ def push_repo(
     except HFValidationError as error:
         raise ValueError(f"`repo_id` must be 'organisation/name', got {repo_id!r}: {error}") from error
     folder = Path(save_directory)
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"`save_directory` must be a folder with model_index.json, got {str(save_directory)!r}.")
+    if not any((folder / name).is_file() for name in ("model_index.json", "pytorch_lora_weights.safetensors")):
+        raise ValueError(
+            "`save_directory` must be a folder with model_index.json or pytorch_lora_weights.safetensors, got "
+            f"{str(save_directory)!r}."
+        )
     api: Any = HfApi()
     try:
         _fill_in_repo_id(folder, repo_id)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from diffusers_ext.hub.loading import SafeLoadingMixin
 
-__all__ = ["ImageClassifierFeatures", "extract_features", "inception_features"]
+__all__ = ["ImageClassifierFeatures", "clip_features", "extract_features", "feature_extractor", "inception_features"]
 
 
 class ImageClassifierFeatures(SafeLoadingMixin, ModelMixin, ConfigMixin):
@@ -122,11 +124,14 @@ def extract_features(
     return torch.cat(found)
 
 
-def inception_features(device: torch.device | str | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+def inception_features(
+    device: torch.device | str | None = None, differentiable: bool = False
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """Returns the Inception-v3 features of FID and KID, by torch-fidelity.
 
     Args:
         device: where it runs, by default on the CPU.
+        differentiable: keep gradients; images are then not quantised to 8 bits.
 
     Returns:
         A function from `(batch, 1 or 3, height, width)` images in `[-1, 1]` to `(batch, 2048)` features; images are
@@ -140,18 +145,94 @@ def inception_features(device: torch.device | str | None = None) -> Callable[[to
         from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[reportMissingImports]
             FeatureExtractorInceptionV3,
         )
+        from torch_fidelity.interpolate_compat_tensorflow import (  # pyright: ignore[reportMissingImports]
+            interpolate_bilinear_2d_like_tensorflow1x,
+        )
     except ImportError as error:
         raise ImportError("Inception features need torch-fidelity: pip install diffusers-ext[metrics]") from error
     device = "cpu" if device is None else device
     network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()
 
-    @torch.no_grad()
     def features(images: torch.Tensor) -> torch.Tensor:
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(
                 f"`images` must have the shape (batch, 1 or 3, height, width), got {tuple(images.shape)}."
             )
-        pixels = ((images.to(device) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return network(pixels.expand(-1, 3, -1, -1))[0]
+        pixels = ((images.to(device) + 1) * 127.5).expand(-1, 3, -1, -1)
+        if not differentiable:
+            with torch.no_grad():
+                return network(pixels.round().clamp(0, 255).to(torch.uint8))[0]
+        # The network's own forward takes bytes only; these are its steps.
+        size = network.INPUT_IMAGE_SIZE
+        x = (interpolate_bilinear_2d_like_tensorflow1x(pixels, size=(size, size), align_corners=False) - 128) / 128
+        for name, layer in network.named_children():
+            if name == "fc":
+                break
+            x = layer(x)
+        return x.flatten(1)
 
     return features
+
+
+def clip_features(name: str, device: torch.device | str | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns the image embedding of a CLIP model, not normalised, with gradients.
+
+    Args:
+        name: a Hub repo or folder that `transformers.CLIPVisionModelWithProjection` loads, such as
+            `"openai/clip-vit-base-patch32"`.
+        device: where it runs, by default on the CPU.
+
+    Returns:
+        A function from `(batch, 1 or 3, height, width)` images in `[-1, 1]` to `(batch, projection_dim)` features;
+        images are resized bicubically to the model's size.
+    """
+    from transformers import CLIPVisionModelWithProjection
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    device = "cpu" if device is None else device
+    network: Any = CLIPVisionModelWithProjection.from_pretrained(name, use_safetensors=True)
+    network = network.requires_grad_(False).eval().to(device)
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    size = network.config.image_size
+
+    def features(images: torch.Tensor) -> torch.Tensor:
+        pixels = (images.to(device).expand(-1, 3, -1, -1) + 1) / 2
+        pixels = F.interpolate(pixels, (size, size), mode="bicubic", align_corners=False, antialias=True)
+        return network((pixels - mean) / std).image_embeds
+
+    return features
+
+
+def feature_extractor(name: str, device: torch.device | str | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns the differentiable features of a name.
+
+    Args:
+        name: `"pixels"`, `"inception"`, `"clip:REPO"`, or `"classifier:REPO"`, an `ImageClassifierFeatures`.
+        device: where they are computed, by default on the CPU.
+
+    Returns:
+        A function from `(batch, channels, height, width)` images in `[-1, 1]` to `(batch, features)`.
+
+    Raises:
+        ValueError: the name is unknown, or its model cannot be loaded.
+
+    Example:
+        >>> import torch
+        >>> from diffusers_ext import feature_extractor
+        >>> feature_extractor("pixels")(torch.zeros(2, 1, 4, 4)).shape
+        torch.Size([2, 16])
+    """
+    kind, _, repo = name.partition(":")
+    if name == "pixels":
+        return lambda images: images.flatten(1)
+    if name == "inception":
+        return inception_features(device, differentiable=True)
+    try:
+        if kind == "clip" and repo:
+            return clip_features(repo, device)
+        if kind == "classifier" and repo:
+            network: Any = ImageClassifierFeatures.from_pretrained(repo).requires_grad_(False).eval()
+            return network.to("cpu" if device is None else device).features
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`features` must name a model that loads, got {name!r}: {error}") from error
+    raise ValueError(f"`features` must be 'pixels', 'inception', 'clip:REPO' or 'classifier:REPO', got {name!r}.")

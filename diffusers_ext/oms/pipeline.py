@@ -13,12 +13,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
+from diffusers_ext.generation.text import encode, find_encoders
 from diffusers_ext.hub.loading import SafePipeline
 
 from . import base as bases
 from .published import HUB_OPTIONS, is_published_format, load_published
 from .step import start_latents
-from .text import encode, find_encoders
 from .unet import OMSUNet2DConditionModel, OMSUNet2DModel
 
 __all__ = ["OMSPipeline"]

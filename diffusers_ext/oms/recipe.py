@@ -17,7 +17,9 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from diffusers_ext.data.precomputed import PrecomputedDataset
 from diffusers_ext.generation.latents import decoded, latent_moments, scaled_latents
+from diffusers_ext.generation.text import Encoders, encode, find_encoders
 from diffusers_ext.hub.card import RepoCard
 from diffusers_ext.training.config import described, require
 from diffusers_ext.training.images import ImageConfig, image_dataset
@@ -25,9 +27,7 @@ from diffusers_ext.training.networks import make_network
 from diffusers_ext.training.recipe import Context, Modules, Recipe, Sample, StepOutput
 
 from .pipeline import OMSPipeline
-from .precomputed import PrecomputedDataset
 from .step import check_scheduler
-from .text import Encoders, encode, find_encoders
 from .unet import OMSUNet2DConditionModel, OMSUNet2DModel
 
 __all__ = ["OMSConfig", "OMSRecipe"]

@@ -28,6 +28,7 @@ from .images import ImageConfig, image_dataset
 from .networks import make_network
 from .noise import NOISE_STRATEGIES, NoiseStrategy, make_noise, offset_noise
 from .objectives import EpsX0V, FlowMatching, Objective
+from .pretrained import load_denoiser, loaded
 from .recipe import Context, Modules, Recipe, Sample, StepOutput
 from .timesteps import LogitNormalTimesteps, Timesteps, UniformTimesteps
 
@@ -111,16 +112,6 @@ class DenoisingConfig(ImageConfig):
 ConfigT = TypeVar("ConfigT", bound=DenoisingConfig)
 
 
-def _loaded(argument: str, kind: Any, name: str) -> Any:
-    """Loads from the Hub or a folder; a failure names the argument."""
-    try:
-        return kind.from_pretrained(name, use_safetensors=True)
-    except Exception as error:  # the libraries raise many kinds
-        raise ValueError(
-            f"`{argument}` must be a Hub repo or a folder that `{kind.__name__}` loads, got {name!r}: {error}"
-        ) from error
-
-
 class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
     """Trains a `UNet2DModel` from scratch, or the UNet of a Diffusers pipeline, and saves `ImageGenerationPipeline`.
 
@@ -157,7 +148,7 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
         if config.pretrained_model_name_or_path is not None:
             unet, scheduler, vae = self._pretrained(config.pretrained_model_name_or_path)
         else:
-            vae = _loaded("vae", AutoencoderKL, config.vae) if config.vae else None
+            vae = loaded("vae", AutoencoderKL, config.vae) if config.vae else None
             unet, scheduler = self._new_unet(vae), self._new_scheduler()
         self._check_size(unet, vae)
         self.noise = config.make_noise()
@@ -175,14 +166,8 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
         return Modules(unet, scheduler, {} if vae is None else {"vae": vae})
 
     def _pretrained(self, name: str) -> tuple[Any, Any, Any]:
-        pipeline = _loaded("pretrained_model_name_or_path", DiffusionPipeline, name)
-        unet: Any = getattr(pipeline, "unet", None)
-        scheduler: Any = getattr(pipeline, "scheduler", None)
-        if not isinstance(unet, UNet2DModel):
-            raise ValueError(
-                f"`pretrained_model_name_or_path` must be a pipeline with a `UNet2DModel`, got {name!r} with "
-                f"{type(unet).__name__}."
-            )
+        denoiser = load_denoiser(name)
+        unet, scheduler = denoiser.unet, denoiser.scheduler
         flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
         found = "flow" if flow else scheduler.config.prediction_type
         asked, rescaled = self.config.prediction_type, self.config.rescale_betas_zero_snr
@@ -191,11 +176,11 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
             require(asked in (None, found), "prediction_type", asked, accepted)
         elif flow:
             raise ValueError(f"`rescale_betas_zero_snr` must be False for {name!r}: flow matching has no betas.")
-        scale = getattr(pipeline.config, "image_scale", 1.0)
+        scale = denoiser.image_scale
         require(self.image_scale in (1.0, scale), "image_scale", self.image_scale, f"{scale}, as {name!r} was trained")
         self.image_scale = scale
-        self.null_class_label = getattr(pipeline.config, "null_class_label", None)
-        classes = bool(getattr(unet.config, "num_class_embeds", None))
+        self.null_class_label = denoiser.null_class_label
+        classes = bool(denoiser.num_classes)
         conditional = self.config.class_conditional
         require(classes == conditional, "class_conditional", conditional, f"{classes} as in {name!r}")
         if rescaled:
@@ -203,7 +188,7 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
             scheduler = DDIMScheduler.from_config({**scheduler.config, **changed, "clip_sample": False})
         elif not flow and not isinstance(scheduler, DDIMScheduler):
             scheduler = DDIMScheduler.from_config(scheduler.config)
-        return unet, scheduler, getattr(pipeline, "vae", None)
+        return unet, scheduler, denoiser.vae
 
     def _new_unet(self, vae: Any) -> UNet2DModel:
         config = self.config

@@ -25,7 +25,7 @@ from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 
 from diffusers_ext.data.sampler import PositionalBatchSampler, SeededDataset, StreamingBatches
-from diffusers_ext.hub.repo import push_repo, save_repo
+from diffusers_ext.hub.repo import push_repo
 
 from .callbacks import Callback, default_callbacks, image_grid
 from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
@@ -428,4 +428,4 @@ class Trainer:
             card = self.recipe.card()
             card.arguments = config.to_dict()
             card.results = {"training loss": self._last_loss, "updates": self.step, **card.results}
-            save_repo(pipeline, config.output_dir, card=card, sample=sample)
+            self.recipe.save(pipeline, config.output_dir, card, sample)

@@ -66,6 +66,14 @@ class Objective:
         """Returns what the network is given as its timestep."""
         return t
 
+    def predicted_sample(self, prediction: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Returns the clean samples that a prediction sees in the noisy ones, `(batch, ...)` in fp32, not clipped."""
+        raise NotImplementedError
+
+    def snr(self, t: torch.Tensor) -> torch.Tensor:
+        """Returns the `(batch,)` signal-to-noise ratios of timesteps."""
+        raise NotImplementedError
+
     def weights(self, t: torch.Tensor) -> torch.Tensor | None:
         """Returns `(batch,)` loss weights, or `None` for the plain mean."""
         return None
@@ -122,11 +130,24 @@ class EpsX0V(Objective):
             return noisy, noise
         return noisy, x0 if self.prediction_type == "sample" else self.scheduler.get_velocity(x0, noise, t)
 
+    def predicted_sample(self, prediction: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """See `Objective.predicted_sample`; from v, (x_t sqrt(alpha) - v sqrt(1 - alpha))."""
+        if self.prediction_type == "sample":
+            return prediction.float()
+        alpha = self.scheduler.alphas_cumprod.to(noisy.device)[t].float().view(-1, *[1] * (noisy.ndim - 1))
+        if self.prediction_type == "epsilon":
+            return (noisy.float() - (1 - alpha).sqrt() * prediction.float()) / alpha.sqrt()
+        return alpha.sqrt() * noisy.float() - (1 - alpha).sqrt() * prediction.float()
+
+    def snr(self, t: torch.Tensor) -> torch.Tensor:
+        """See `Objective.snr`."""
+        return compute_snr(self.scheduler, t)
+
     def weights(self, t: torch.Tensor) -> torch.Tensor | None:
         """Returns `(batch,)` weights of the chosen kind."""
         if self.weighting == "none":
             return None
-        return snr_weights(compute_snr(self.scheduler, t), self.prediction_type, self.weighting, self.snr_gamma)
+        return snr_weights(self.snr(t), self.prediction_type, self.weighting, self.snr_gamma)
 
 
 class FlowMatching(Objective):
@@ -148,3 +169,11 @@ class FlowMatching(Objective):
     def model_timesteps(self, t: torch.Tensor) -> torch.Tensor:
         """Returns `num_train_timesteps * sigma`."""
         return self.num_train_timesteps * t
+
+    def predicted_sample(self, prediction: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """See `Objective.predicted_sample`: `x_t - sigma v`."""
+        return noisy.float() - t.view(-1, *[1] * (noisy.ndim - 1)).float() * prediction.float()
+
+    def snr(self, t: torch.Tensor) -> torch.Tensor:
+        """See `Objective.snr`: `((1 - sigma) / sigma)^2`."""
+        return ((1 - t) / t).square()

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusers_ext.hub.card import RepoCard
+from diffusers_ext.hub.repo import save_repo
 
 from .config import TrainConfig
 from .rng import StepRNG
@@ -124,6 +125,10 @@ class Recipe(Generic[ConfigT]):
     def card(self) -> RepoCard:
         """Returns the model card's contents, without arguments and results, which the engine fills in."""
         raise NotImplementedError
+
+    def save(self, pipeline: DiffusionPipeline, folder: str, card: RepoCard, sample: Image.Image | None) -> None:
+        """Writes the finished repo; by default the whole pipeline."""
+        save_repo(pipeline, folder, card=card, sample=sample)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what else a checkpoint must keep: tensors and plain types."""

@@ -5,7 +5,13 @@ import importlib.util
 import pytest
 import torch
 
-from diffusers_ext import ImageClassifierFeatures, extract_features, inception_features, load_images
+from diffusers_ext import (
+    ImageClassifierFeatures,
+    extract_features,
+    feature_extractor,
+    inception_features,
+    load_images,
+)
 from diffusers_ext.data.digits import CLASSIFIER, DIGITS
 
 
@@ -48,3 +54,35 @@ def test_refuses_images_of_another_size(classifier):
 def test_inception_says_what_to_install():
     with pytest.raises(ImportError, match=r"pip install diffusers-ext\[metrics\]"):
         inception_features()
+
+
+def test_clip_features_are_the_models_embedding_with_gradients(tmp_path):
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8,
+        projection_dim=6,
+    )  # fmt: skip
+    network = CLIPVisionModelWithProjection(config).eval()
+    network.save_pretrained(tmp_path)
+    features = feature_extractor(f"clip:{tmp_path}")
+    images = (torch.rand(2, 3, 16, 16) * 2 - 1).requires_grad_()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    expected = network(((images + 1) / 2 - mean) / std).image_embeds
+    found = features(images)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert torch.autograd.grad(found.sum(), images)[0].abs().max() > 0
+    assert features(torch.zeros(2, 1, 40, 24)).shape == (2, 6)  # grey, another size
+
+
+def test_features_by_name(digits):
+    images = digits[0][:3]
+    assert torch.equal(feature_extractor("pixels")(images), images.flatten(1))
+    classifier = ImageClassifierFeatures.from_pretrained(CLASSIFIER, use_safetensors=True).eval()
+    torch.testing.assert_close(feature_extractor(f"classifier:{CLASSIFIER}")(images), classifier.features(images))
+    with pytest.raises(ValueError, match="`features` must be 'pixels', .* got 'vgg'"):
+        feature_extractor("vgg")
+    with pytest.raises(ValueError, match="`features` must name a model that loads, got 'clip:/nowhere'"):
+        feature_extractor("clip:/nowhere")

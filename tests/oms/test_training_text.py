@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_ext import OMSPipeline
-from diffusers_ext.oms.text import encode, find_encoders
+from diffusers_ext.generation.text import encode, find_encoders
 
 from .test_training import config, train
 from .tiny import TEXT_BLOCKS, stable_diffusion, stable_diffusion_xl

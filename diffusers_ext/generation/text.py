@@ -1,4 +1,4 @@
-"""Text for the One More Step network: by its own encoder, by two of them joined as in SDXL, or by the base's."""
+"""Text for a network: by one encoder, or by two of them joined as in SDXL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Latents and text computed once before training, kept in a folder, so that the VAE and the encoders run only once."""
+"""What is computed of images once before training, kept in a folder: latents, text, features."""
 
 from __future__ import annotations
 
@@ -69,6 +69,10 @@ class PrecomputedDataset:
 
     def _file(self, start: int) -> Path:
         return self.folder / f"{start:08d}.safetensors"
+
+    def column(self, name: str) -> torch.Tensor:
+        """Returns what was computed of all images under a name."""
+        return self._columns[name]
 
     def get(self, index: int, generator: torch.Generator | None = None) -> dict[str, Any]:
         """Returns what was computed of an image, and its label; `generator` is not needed."""

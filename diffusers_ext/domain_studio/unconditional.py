@@ -1,0 +1,67 @@
+"""How DomainStudio handles models without text."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+from diffusers_ext.generation.pipeline import ImageGenerationPipeline
+from diffusers_ext.training.pretrained import load_denoiser
+from diffusers_ext.training.recipe import Context, Modules
+
+__all__ = ["UnconditionalModel"]
+
+
+class UnconditionalModel:
+    """An image denoiser, and a frozen copy of it as the source.
+
+    Args:
+        name: Hub repo or folder.
+
+    Attributes:
+        unet: the network to adapt.
+        scheduler: the scheduler that is saved.
+        training_scheduler: the one that noises, with `add_noise`.
+        frozen: further modules by name.
+        vae: the VAE, or `None`.
+        image_scale: what images or latents are multiplied by.
+
+    Raises:
+        ValueError: it cannot be loaded, is class-conditional, or learns its variance.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.denoiser = denoiser = load_denoiser(name)
+        if denoiser.num_classes:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` must be a model without classes, got {name!r} with "
+                f"{denoiser.num_classes}."
+            )
+        self.unet, self.vae, self.image_scale = denoiser.unet, denoiser.vae, denoiser.image_scale
+        flow = isinstance(denoiser.scheduler, FlowMatchEulerDiscreteScheduler)
+        self.scheduler: Any = denoiser.scheduler if flow else DDIMScheduler.from_config(denoiser.scheduler.config)
+        self.training_scheduler = self.scheduler
+        self.frozen: dict[str, Any] = {} if self.vae is None else {"vae": self.vae}
+
+    def add_source(self) -> None:
+        """Keeps a copy of the network as it is now."""
+        self.frozen["source"] = copy.deepcopy(self.unet)
+
+    def condition(self, who: Literal["instance", "class"], count: int) -> dict[str, Any]:
+        """Returns the network's further arguments; none without text."""
+        return {}
+
+    def source(self, ctx: Context[Any], noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Returns the source's prediction, without gradient."""
+        unet = ctx.modules.frozen["source"]
+        with torch.no_grad():
+            return unet(noisy.to(unet.dtype), t, return_dict=False)[0].float()
+
+    def pipeline(self, modules: Modules) -> ImageGenerationPipeline:
+        """Returns the pipeline of the adapted network."""
+        return ImageGenerationPipeline(
+            modules.trainable, modules.scheduler, modules.frozen.get("vae"), image_scale=self.image_scale
+        )

@@ -1,0 +1,56 @@
+"""How a Diffusers scheduler is driven, the same for sampling and for training through the sampler."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+__all__ = ["scaled_input", "set_timesteps", "step_arguments"]
+
+
+def set_timesteps(
+    scheduler: Any, num_inference_steps: int, device: torch.device | str, sigmas: list[float] | None = None
+) -> torch.Tensor:
+    """Puts a scheduler to the start of a chain and returns its timesteps.
+
+    Args:
+        scheduler: any Diffusers scheduler.
+        num_inference_steps: steps of the chain.
+        device: where the timesteps are.
+        sigmas: noise levels instead of the scheduler's own; flow-matching Euler gets `1, ..., 1/steps` by default.
+
+    Raises:
+        ValueError: `sigmas` for a scheduler that takes none.
+    """
+    if sigmas is None and isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        # Its own grid ends at 1/1000 before 0: with few steps the last one would be wasted.
+        sigmas = list(np.linspace(1.0, 1 / num_inference_steps, num_inference_steps))
+    if sigmas is None:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+    elif "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+        scheduler.set_timesteps(sigmas=sigmas, device=device)
+    else:
+        raise ValueError(f"`sigmas` must be left out: {type(scheduler).__name__} does not take them.")
+    timesteps: Any = scheduler.timesteps
+    return timesteps
+
+
+def step_arguments(scheduler: Any, eta: float, generator: Any) -> dict[str, Any]:
+    """Returns those of `eta` and `generator` that the scheduler's `step` takes.
+
+    Raises:
+        ValueError: `eta` is not 0 and the scheduler does not take it.
+    """
+    accepted = inspect.signature(scheduler.step).parameters
+    if eta and "eta" not in accepted:
+        raise ValueError(f"`eta` must be 0: {type(scheduler).__name__} does not take it, got {eta}.")
+    return {name: value for name, value in {"eta": eta, "generator": generator}.items() if name in accepted}
+
+
+def scaled_input(scheduler: Any, sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Returns the sample as the network wants it at a timestep."""
+    return scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
