@@ -93,7 +93,9 @@ EXAMPLES = {
     ],
     "NoiseDiffusionPipeline": [
         example(
-            lambda: NoiseDiffusionPipeline(unet(2), DDIMScheduler(clip_sample=False), vae=vae(), image_scale=2.0),
+            lambda: NoiseDiffusionPipeline(
+                unet(2).eval(), DDIMScheduler(clip_sample=False), vae=vae().eval(), image_scale=2.0
+            ),
             image_0=torch.linspace(0, 1, 3 * 256).reshape(3, 1, 16, 16),
             num_frames=2,
             num_inference_steps=4,
