@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 # The public index: where each flat name lives. A method adds its lines here.
 _PUBLIC = {
+    "data.corruptions": ["corrupt"],
     "data.sampler": ["PositionalBatchSampler", "SeededDataset"],
     "data.sources": ["load_images"],
     "generation.pipeline": ["ImageGenerationPipeline"],
@@ -33,6 +34,9 @@ _PUBLIC = {
     "oms.recipe": ["OMSConfig", "OMSRecipe"],
     "oms.step": ["StartLevel", "oms_step", "start_latents", "start_level"],
     "oms.unet": ["OMSUNet2DConditionModel", "OMSUNet2DModel"],
+    "sda.align": ["AlignConfig", "align"],
+    "sda.ensemble": ["ensemble_logits"],
+    "sda.lowpass": ["LowPass"],
     "training.arguments": ["parse_config"],
     "training.callbacks": ["Callback"],
     "training.config": ["TrainConfig"],
