@@ -59,7 +59,7 @@ class AlignConfig:
             raise ValueError(f"`num_steps` must be an integer >= 1, got {self.num_steps!r}.")
         if not 0 <= self.strength < 1 or self.calls >= self.num_steps:
             raise ValueError(
-                f"`strength` must be in [0, 1) and leave at least one of {self.num_steps} steps, got {self.strength!r}."
+                f"`strength` must be in [0, 1) and leave one of {self.num_steps} steps, got {self.strength!r}."
             )
         if not (self.guidance_weight >= 0 and math.isfinite(self.guidance_weight)):
             raise ValueError(f"`guidance_weight` must be a number >= 0, got {self.guidance_weight!r}.")
@@ -82,8 +82,8 @@ class _Schedule:
         kind = getattr(scheduler.config, "prediction_type", None)
         if abar is None or kind not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(
-                "`scheduler` must have `alphas_cumprod` and the prediction type 'epsilon', 'v_prediction' or 'sample', "
-                f"got {type(scheduler).__name__} with {kind!r}."
+                "`scheduler` must have `alphas_cumprod` and the prediction type 'epsilon', 'v_prediction' or "
+                f"'sample', got {type(scheduler).__name__} with {kind!r}."
             )
         if num_steps > len(abar):
             raise ValueError(f"`num_steps` must be at most the schedule's {len(abar)}, got {num_steps}.")

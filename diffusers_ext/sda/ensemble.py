@@ -8,9 +8,7 @@ import torch
 
 __all__ = ["ENSEMBLES", "Ensemble", "ensemble_logits"]
 
-Ensemble = Literal[
-    "sum", "source", "adapted", "entropy", "confidence", "variance", "entropy_sum", "confidence_sum"
-]
+Ensemble = Literal["sum", "source", "adapted", "entropy", "confidence", "variance", "entropy_sum", "confidence_sum"]
 ENSEMBLES: tuple[str, ...] = get_args(Ensemble)
 
 

@@ -73,7 +73,9 @@ class LowPass:
     ) -> None:
         sizes = (size, size) if isinstance(size, int) else tuple(size)
         if not isinstance(factor, int) or factor < 1 or any(side % factor or side < factor for side in sizes):
-            raise ValueError(f"`factor` must be an integer >= 1 that divides height and width {sizes}, got {factor!r}.")
+            raise ValueError(
+                f"`factor` must be an integer >= 1 that divides height and width {sizes}, got {factor!r}."
+            )
         down = [_resize_matrix(side, side // factor) for side in sizes]
         up = [_resize_matrix(side // factor, side) for side in sizes]
         self.factor = factor
