@@ -1,10 +1,9 @@
 """Does test-time adaptation by a diffusion model help a digit classifier against the corruptions of ImageNet-C?
 
     python training/data/make_digits.py
-    C=training/configs/sda_digits.yaml
-    accelerate launch --cpu --num_processes 1 training/train_immiscible.py --config $C --output_dir runs/sda/unconditional
-    accelerate launch --cpu --num_processes 1 training/train_immiscible.py --config $C --class_conditional \
-        --output_dir runs/sda/conditional
+    train="python training/train_immiscible.py --config training/configs/sda_digits.yaml"
+    $train --output_dir runs/sda/unconditional
+    $train --output_dir runs/sda/conditional --class_conditional
     python benchmarks/sda.py     # about twenty minutes on one core
 
 Each seed draws its own synthetic digits, aligns them, fine-tunes the shipped classifier on them and is tested on 200
@@ -175,13 +174,9 @@ def summarise(by_seed):
     gap("sda_sda_over_dda", "sda", "dda", "mean", "> 0")
     gap("sda_clean_loss", "source", "sda", "clean", "<= 0.5")
     gap("sda_tent_loss_when_sorted", "tent_shuffled", "tent_sorted", "mean", "> 1")
-    # An image's result follows from the image and its index: streams cannot change it, which the tests show bit by bit.
-    mean_se = statistics.mean(
-        (v * (100 - v) / COUNT) ** 0.5
-        for c in conditions
-        if c != "mean" and (v := figures[f"{c}_sda"]["value"]) is not None
-    )
-    figures["standard_error_of_a_corruption"] = figure(mean_se, "%")
+    shown = [figures[f"{c}_sda"]["value"] for c in conditions if c != "mean"]
+    mean_se = statistics.mean((v * (100 - v) / COUNT) ** 0.5 for v in shown)
+    figures["sda_standard_error_of_a_cell"] = figure(mean_se, "%")
     return figures
 
 

@@ -307,7 +307,7 @@ def _one(image: Any, size: int, channels: int, resize: Resize) -> torch.Tensor:
     if isinstance(image, Image.Image):
         image = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     if isinstance(image, np.ndarray):
-        pixels = torch.from_numpy(np.ascontiguousarray(image[..., None] if image.ndim == 2 else image))
+        pixels = torch.from_numpy(np.array(image[..., None] if image.ndim == 2 else image))  # own memory, writable
         pixels = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels
     elif isinstance(image, torch.Tensor):
         pixels = image

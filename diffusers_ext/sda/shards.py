@@ -100,6 +100,7 @@ class ImageShards:
 
     def _write(self, shard: int, rows: list[dict[str, Any]]) -> None:
         import datasets
+        import pyarrow.parquet as pq
 
         features = datasets.Features(
             {
@@ -113,7 +114,8 @@ class ImageShards:
         path = self.path(shard)
         path.parent.mkdir(exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        datasets.Dataset.from_dict(columns, features=features).to_parquet(str(partial))
+        # Not `to_parquet`, which draws a progress bar of its own.
+        pq.write_table(datasets.Dataset.from_dict(columns, features=features).data.table, partial)
         partial.replace(path)
 
 
