@@ -35,6 +35,9 @@ def test_demo_loads_draws_measures_finetunes_and_reloads(tmp_path):
     plain, with_step = map(float, re.search(r"photographs: plain ([\d.]+), one more step ([\d.]+)", text).groups())
     assert with_step * 3 < plain
     assert (tmp_path / "one_more_step.png").is_file()
+    source, adapted = map(float, re.search(r"right: source ([\d.]+), adapted ([\d.]+)", text).groups())
+    assert adapted > source + 0.15
+    assert (tmp_path / "sda.png").is_file()
     picture = np.asarray(Image.open(tmp_path / "image_generation.png").convert("L"))
     real, samples, noise = (part[28:].std() for part in np.array_split(picture, 3, axis=1))
     assert min(real, samples, noise) > 10  # none of the three panels is blank

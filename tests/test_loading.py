@@ -24,7 +24,7 @@ from diffusers import (
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 import diffusers_ext
-from diffusers_ext import ImageClassifierFeatures, ImageGenerationPipeline, OMSPipeline, save_repo
+from diffusers_ext import ImageClassifierFeatures, ImageGenerationPipeline, OMSPipeline, SDATTAPipeline, save_repo
 from diffusers_ext.hub.repo import pipeline_code
 
 from .hub.server import HubServer
@@ -117,6 +117,19 @@ EXAMPLES = {
             lambda: pixel_module(4),
             sample=torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8),
             class_labels=torch.tensor([1, 3]),
+        ),
+    ],
+    "SDATTAPipeline": [
+        example(
+            lambda: SDATTAPipeline(
+                unet(),
+                DDIMScheduler(),
+                EXAMPLES["ImageClassifierFeatures"][0].build(),
+                EXAMPLES["ImageClassifierFeatures"][0].build(),
+                alignment={"num_steps": 4, "factor": 2},
+            ),
+            images=torch.linspace(0, 1, 128).reshape(2, 1, 8, 8),
+            output_type="pt",
         ),
     ],
 }

@@ -114,7 +114,7 @@ def _zoomed(x: Array, factor: float) -> Array:
     ch, cw = math.ceil(height / factor), math.ceil(width / factor)
     top, left = (height - ch) // 2, (width - cw) // 2
     part = x[top : top + ch, left : left + cw]
-    large = ndimage.zoom(part, (factor, factor) + (1,) * (x.ndim - 2), order=1)
+    large = np.asarray(ndimage.zoom(part, (factor, factor) + (1,) * (x.ndim - 2), order=1))
     top, left = (large.shape[0] - height) // 2, (large.shape[1] - width) // 2
     cut = large[max(top, 0) : max(top, 0) + height, max(left, 0) : max(left, 0) + width]
     missing = [(0, height - cut.shape[0]), (0, width - cut.shape[1])] + [(0, 0)] * (x.ndim - 2)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 __all__ = ["PANELS", "run_demo"]
 
-PANELS = ["image_generation", "one_more_step"]  # file and function have the same name
+PANELS = ["image_generation", "one_more_step", "sda"]  # file and function have the same name
 
 
 def run_demo(output_dir: Path) -> None:

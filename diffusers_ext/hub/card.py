@@ -63,6 +63,7 @@ class RepoCard:
         snippet: Python code that draws something; `{repo_id}` is filled in. By default it fits the pipeline that is
             saved.
         notes: what a user must know.
+        pipeline_tag: the task, as the Hub names it.
     """
 
     method: str
@@ -77,6 +78,7 @@ class RepoCard:
     results: dict[str, float | int | str] = field(default_factory=dict)
     snippet: str | None = None
     notes: list[str] = field(default_factory=list)
+    pipeline_tag: str = "unconditional-image-generation"
 
     def render(self, repo_id: str, sample: str | None = None) -> str:
         """Returns the text of README.md.
@@ -92,7 +94,7 @@ class RepoCard:
             # The Hub takes repos only.
             base_model=None if self.base_model is None or Path(self.base_model).exists() else self.base_model,
             datasets=self.datasets or None,
-            pipeline_tag="unconditional-image-generation",
+            pipeline_tag=self.pipeline_tag,
         )
         parts = [f"# {' '.join(self.method.split())}", self.description]
         if sample:

@@ -202,7 +202,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             )
         path = _path(folder, name, severity)
         partial = path.with_name(f".{os.getpid()}.tmp.npz")
-        np.savez_compressed(partial, labels=labels.numpy(), **cell)
+        np.savez_compressed(partial, **{"labels": labels.numpy(), **cell})  # type: ignore[arg-type]
         partial.replace(path)
     state.wait_for_everyone()
     results = summarise(folder, config)
@@ -239,7 +239,7 @@ def summarise(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
         labels, count = cell["labels"], len(cell["labels"])
         single = [k for k in cell.files if k.startswith(("bn_", "tent_"))]
         for method, parts in {**METHODS, **{k: (k,) for k in single}}.items():
-            right = sum(cell[p] for p in parts).argmax(1) == labels
+            right = np.sum([cell[p] for p in parts], 0).argmax(1) == labels
             key = name if name == "clean" else f"{name}-{severity}"
             accuracy.setdefault(method, {})[key] = 100 * float(right.mean())
     error = {

@@ -196,4 +196,5 @@ class SDAClassifierRecipe(Recipe[SDAClassifierConfig]):
             base_model=self.config.classifier,
             paper="https://arxiv.org/abs/2406.04295",
             snippet=SNIPPET,
+            pipeline_tag="image-classification",
         )
