@@ -28,7 +28,7 @@ from diffusers_ext.data.digits import ASSETS, DIGITS
 from diffusers_ext.sda.align import _Schedule
 
 COUNT, TIMED, CURVE = 100, 4, (2, 4, 6, 10, 20)
-SHIPPED = {"guidance_weight": 2.0, "factor": 2}
+GUIDANCE = 12.0  # in all, spread over the steps; the shipped settings are 2 for each of 6
 PROCESS = "import sys; from diffusers_ext.cli import main; main(sys.argv[1:])"
 
 
@@ -87,8 +87,8 @@ def curve(pipeline, images, pixels, labels):
     found = {}
     for calls in CURVE:
         for name, options in {
-            "detached": {"sampler": "ddim", "detach_unet": True, "guidance_weight": 12.0 / calls},
-            "full": {"sampler": "ddpm", "detach_unet": False, "guidance_weight": 12.0 / calls},
+            "detached": {"sampler": "ddim", "detach_unet": True, "guidance_weight": GUIDANCE / calls},
+            "full": {"sampler": "ddpm", "detach_unet": False, "guidance_weight": GUIDANCE / calls},
         }.items():
             config = {"num_steps": round(calls / 0.6), "strength": 0.6, "factor": 2, **options}
             output = pipeline(pixels, alignment=config, generator=seeded(len(images)))
@@ -122,7 +122,7 @@ def main():
     pixels = [corrupt(image, "impulse_noise", 3, i) for i, image in enumerate(clean)]
     images = torch.from_numpy(np.stack(pixels))[:, None] / 127.5 - 1
     unet, scheduler = pipeline.unet, pipeline.scheduler
-    authors = AlignConfig(num_steps=100, strength=0.5, **SHIPPED)
+    authors = AlignConfig(num_steps=100, strength=0.5, guidance_weight=GUIDANCE / 50, factor=2)
     shipped = AlignConfig(**pipeline.config["alignment"])
 
     seconds = interleaved(
@@ -140,7 +140,7 @@ def main():
     each = {name: value / (8 * TIMED) for name, value in seconds.items()}
     with torch.no_grad():
         source = pipeline.classifier(images)
-        reference = straight(unet, scheduler, images, 20, AlignConfig(num_steps=20, strength=0.6, **SHIPPED))
+        reference = straight(unet, scheduler, images, 100, authors)
         slow = 100 * float(((source + pipeline.adapted_classifier(reference)).argmax(1).numpy() == labels).mean())
     found = curve(pipeline, images, pixels, labels)
     plot(found, RESULTS / "sda_speed.png")

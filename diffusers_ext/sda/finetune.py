@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusers_ext.hub.card import RepoCard
-from diffusers_ext.training.config import described, require
+from diffusers_ext.training.config import LRSchedule, described, require
 from diffusers_ext.training.images import ImageConfig, image_dataset
 from diffusers_ext.training.recipe import Context, Modules, Recipe, StepOutput
 
@@ -50,7 +50,7 @@ class SDAClassifierConfig(AlignmentArguments, ImageConfig):
     source_data_dir: str | None = described("Labelled source images to mix in.")
     source_fraction: float = described("Share of samples that are taken from them.", 0.0)
     learning_rate: float = described("Peak learning rate of AdamW.", 2e-5)
-    lr_scheduler: Any = described("Course of the learning rate over the updates.", "cosine")
+    lr_scheduler: LRSchedule = described("Course of the learning rate over the updates.", "cosine")
     lr_warmup_steps: int = described("Updates of linear warm-up; the paper's are five of thirty epochs.", 0)
     adam_weight_decay: float = described("AdamW's weight decay.", 1e-8)
     max_grad_norm: float = described("Gradients are clipped to this norm.", 5.0)

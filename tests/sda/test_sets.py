@@ -31,6 +31,7 @@ from diffusers_ext import (
     evaluate,
     generate,
     load_images,
+    parse_config,
     stream_logits,
     stream_order,
 )
@@ -327,6 +328,14 @@ def test_the_command_line_says_what_is_wrong(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["generate", "--help"])
     assert "--images_per_class" in capsys.readouterr().out
+
+
+def test_the_training_script_takes_its_arguments():
+    words = "--pretrained_model_name_or_path a --classifier b --train_data_dir c --strength 0.25 --detach_unet"
+    config = parse_config(SDAClassifierConfig, words.split())
+    assert config.alignment().calls == 25
+    assert config.detach_unet
+    assert (config.lr_scheduler, config.num_train_epochs, config.learning_rate) == ("cosine", 30, 2e-5)
 
 
 def test_settings_are_plain_json(folder):
