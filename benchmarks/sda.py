@@ -195,7 +195,7 @@ def plot(figures, path):
             place, [e["value"] for e in entries], 0.28, yerr=[e["spread"] for e in entries], label=method, color=colour
         )
     axes.set_xticks(range(len(conditions)), [c.replace("_", "\n") for c in conditions], fontsize=7)
-    axes.set(ylabel="accuracy, %", ylim=(0, 105))
+    axes.set(ylabel="accuracy, %", ylim=(0, 118))
     axes.legend(fontsize=8, ncols=3, loc="upper right")
     plt.savefig(path, dpi=90)
 

@@ -26,8 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     demo.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="folder for the pictures")
     commands.add_parser("info", help="print the versions that a bug report needs, and the public names")
     for name, (text, *_) in SDA.items():
-        # Its own parser has the arguments, `--help` and `--config` too.
-        commands.add_parser(name, help=text, add_help=False, prefix_chars="\0")
+        commands.add_parser(name, help=text)  # for the list only: its own parser has the arguments
     words = sys.argv[1:] if argv is None else argv
     if words and words[0] in SDA:
         run_sda(words[0], words[1:])

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 
 from diffusers_ext.data.sources import load_images
 from diffusers_ext.training.config import check_types, described, require
@@ -17,7 +16,7 @@ from diffusers_ext.training.rng import mix
 from .align import AlignConfig, align
 from .generate import DTYPES, finish, load_pipeline
 from .lowpass import LowPass
-from .shards import ImageShards, check_whole, to_pil
+from .shards import ImageShards, check_whole, process_state, to_pil
 
 __all__ = ["AlignSetConfig", "AlignmentArguments", "align_set", "sample_generators"]
 
@@ -109,7 +108,7 @@ def align_set(config: AlignSetConfig) -> Path:
         ValueError: the set is unfinished or has no labels, or the model does not fit.
     """
     check_whole(config.train_data_dir)
-    state = PartialState()
+    state = process_state()
     pipeline = load_pipeline(config.pretrained_model_name_or_path, config.mixed_precision, state.device)
     unet, scheduler, size, channels = diffusion_model(pipeline)
     data: Any = load_images(train_data_dir=config.train_data_dir, resolution=size, channels=channels, center_crop=True)

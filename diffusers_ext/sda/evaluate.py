@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -26,8 +25,8 @@ from .align_set import sample_generators
 from .baselines import STREAMS, stream_logits, stream_order
 from .generate import load_pipeline
 from .lowpass import LowPass
-from .pipeline import SDATTAPipeline, _settings
-from .shards import to_pil
+from .pipeline import SDATTAPipeline, align_settings
+from .shards import process_state, to_pil
 from .views import classify
 
 __all__ = ["EvaluateConfig", "evaluate"]
@@ -119,7 +118,7 @@ def _cell(
     stream_key: int,
 ) -> dict[str, np.ndarray]:
     """Adapts the images of one condition once and returns the logits of every view, and of the baselines."""
-    settings, device = _settings(pipeline.config["alignment"]), pipeline._execution_device
+    settings, device = align_settings(pipeline.config["alignment"]), pipeline._execution_device
     low_pass = LowPass(pipeline.unet.config.sample_size, settings.factor, device)
     source, processor = pipeline._classifier("classifier"), pipeline.image_processor
     tuned = pipeline._classifier("adapted_classifier") or source
@@ -168,7 +167,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         ValueError: the data has no labels or other classes than the classifier, or the folder holds an evaluation
             with other settings.
     """
-    state = PartialState()
+    state = process_state()
     pipeline = load_pipeline(config.pretrained_model_name_or_path, config.mixed_precision, state.device)
     if not isinstance(pipeline, SDATTAPipeline):
         raise ValueError(
@@ -179,6 +178,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     _keep_settings(folder, config)
     clean, labels, indices = _clean(config, pipeline.unet.config.sample_size, pipeline.unet.config.in_channels)
+    with torch.no_grad():
+        probe = _pixels(clean[:1]).to(pipeline._execution_device)
+        classes = classify(pipeline._classifier("classifier"), probe, pipeline.image_processor).shape[1]
+    highest = int(labels.max())
+    if highest >= classes:
+        raise ValueError(f"`data_dir` must have the classifier's {classes} classes, got label {highest}.")
     mine = [
         (number, cell)
         for number, cell in enumerate(config.cells())
@@ -196,10 +201,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             )
         )
         cell = _cell(pipeline, _pixels(images), labels, indices, config, number)
-        if int(labels.max()) >= cell["sx"].shape[1]:
-            raise ValueError(
-                f"`data_dir` must have the classifier's {cell['sx'].shape[1]} classes, got label {int(labels.max())}."
-            )
         path = _path(folder, name, severity)
         partial = path.with_name(f".{os.getpid()}.tmp.npz")
         np.savez_compressed(partial, **{"labels": labels.numpy(), **cell})  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers_ext.training.config import check_types, described, require
 from diffusers_ext.training.rng import mix
 
-from .shards import ImageShards
+from .shards import ImageShards, process_state
 
 __all__ = ["GenerateConfig", "generate"]
 
@@ -93,7 +93,7 @@ def generate(config: GenerateConfig) -> Path:
     Raises:
         ValueError: the pipeline takes neither classes nor text, or does not have these classes.
     """
-    state = PartialState()
+    state = process_state()
     pipeline = load_pipeline(config.pretrained_model_name_or_path, config.mixed_precision, state.device)
     parameters = inspect.signature(pipeline.__call__).parameters
     by_class = "class_labels" in parameters

@@ -103,7 +103,7 @@ class SDATTAPipeline(SafePipeline):
             if value is not None and not callable(value):
                 raise ValueError(f"`{name}` must be callable, got {type(value).__name__}.")
         self._check_models(unet, classifier, adapted_classifier, image_processor)
-        settings = _settings(alignment or {})
+        settings = align_settings(alignment or {})
         # Diffusers can hold and save modules only; other callables stand beside them.
         self._callables = {
             name: value
@@ -218,7 +218,7 @@ class SDATTAPipeline(SafePipeline):
             ValueError: an argument is wrong; the message names it.
         """
         self.check_inputs(ensemble, resize, output_type, batch_size, callback_on_step_end_tensor_inputs)
-        settings = _settings({**self.config["alignment"], **(alignment or {})})
+        settings = align_settings({**self.config["alignment"], **(alignment or {})})
         x = to_tensor(images, self.unet.config.sample_size, self.unet.config.in_channels, resize)
         if isinstance(generator, list) and len(generator) != len(x):
             raise ValueError(f"`generator` must be one generator or a list of {len(x)}, got {len(generator)}.")
@@ -276,7 +276,8 @@ class SDATTAPipeline(SafePipeline):
         return self._filters[key]
 
 
-def _settings(values: dict[str, Any]) -> AlignConfig:
+def align_settings(values: dict[str, Any]) -> AlignConfig:
+    """Makes an `AlignConfig` of a dict; an unknown setting is a `ValueError`."""
     unknown = sorted(set(values) - set(AlignConfig.__dataclass_fields__))
     if unknown:
         raise ValueError(f"`alignment` must be settings of `AlignConfig`, got {unknown}.")

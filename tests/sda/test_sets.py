@@ -80,8 +80,14 @@ def digests(path):
 def launch(folder, *commands, processes=1):
     """Starts the command line in processes of its own, one command after the other."""
     script = folder / "commands.py"
-    script.write_text(f"from diffusers_ext.cli import main\n\nfor words in {list(commands)}:\n    main(words)\n")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    script.write_text(
+        "from accelerate import PartialState\nfrom diffusers_ext.sda.shards import ImageShards\n"
+        "from diffusers_ext.cli import main\n\nwrite = ImageShards._write\n\n\n"
+        "def noted(self, shard, rows):\n    print(f'process {PartialState().process_index} made {shard}')\n"
+        "    write(self, shard, rows)\n\n\nImageShards._write = noted\n"
+        f"for words in {list(commands)}:\n    main(words)\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29641"]
     return subprocess.Popen(
         [sys.executable, *(torchrun if processes > 1 else []), str(script)],
@@ -117,8 +123,12 @@ def test_two_processes_make_the_same_sets(folder):
     drawn, config = generation(folder, folder / "two"), alignment(folder, folder / "aligned-two")
     names = ("pretrained_model_name_or_path", "train_data_dir", "batch_size", *ALIGNMENT, "output_dir")
     run = launch(folder, words("generate", drawn, *GENERATION), words("align", config, *names), processes=2)
-    errors = run.communicate()[1]
+    said, errors = run.communicate()
     assert run.returncode == 0, errors
+    # Four shards drawn and three aligned, each by one process.
+    assert sorted(re.findall(r"process \d made \d", said)) == [
+        f"process {shard % 2} made {shard}" for shard in (0, 0, 2, 2, 1, 1, 3)
+    ]
     assert digests(folder / "two") == digests(folder / "synthetic")
     assert digests(folder / "aligned-two") == digests(folder / "aligned")
 
