@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 # The public index: where each flat name lives. A method adds its lines here.
 _PUBLIC = {
+    "data.corruptions": ["corrupt"],
     "data.sampler": ["PositionalBatchSampler", "SeededDataset"],
     "data.sources": ["load_images"],
     "domain_studio.losses": [
@@ -70,6 +71,15 @@ _PUBLIC = {
     "oms.recipe": ["OMSConfig", "OMSRecipe"],
     "oms.step": ["StartLevel", "oms_step", "start_latents", "start_level"],
     "oms.unet": ["OMSUNet2DConditionModel", "OMSUNet2DModel"],
+    "sda.align": ["AlignConfig", "align"],
+    "sda.align_set": ["AlignSetConfig", "align_set"],
+    "sda.baselines": ["stream_logits", "stream_order"],
+    "sda.ensemble": ["ensemble_logits"],
+    "sda.evaluate": ["EvaluateConfig", "evaluate"],
+    "sda.finetune": ["SDAClassifierConfig", "SDAClassifierRecipe"],
+    "sda.generate": ["GenerateConfig", "generate"],
+    "sda.lowpass": ["LowPass"],
+    "sda.pipeline": ["SDATTAPipeline"],
     "training.arguments": ["parse_config"],
     "training.callbacks": ["Callback"],
     "training.config": ["TrainConfig"],

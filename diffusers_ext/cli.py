@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import argparse
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
 __all__ = ["main"]
+
+# Commands of SDA test-time adaptation: help, class of the arguments, function.
+SDA = {
+    "generate": ("make a labelled synthetic set with a diffusion pipeline", "GenerateConfig", "generate"),
+    "align": ("take a labelled set through a diffusion model", "AlignSetConfig", "align_set"),
+    "evaluate": ("measure an SDATTAPipeline on clean and corrupted images", "EvaluateConfig", "evaluate"),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -17,13 +25,36 @@ def main(argv: list[str] | None = None) -> None:
     demo = commands.add_parser("demo", help="load the shipped models, show them at work and write pictures")
     demo.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="folder for the pictures")
     commands.add_parser("info", help="print the versions that a bug report needs, and the public names")
-    arguments = parser.parse_args(argv)
+    for name, (text, *_) in SDA.items():
+        commands.add_parser(name, help=text)  # for the list only: its own parser has the arguments
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in SDA:
+        run_sda(words[0], words[1:])
+        return
+    arguments = parser.parse_args(words)
     if arguments.command == "demo":
         from diffusers_ext.demo import run_demo
 
         run_demo(arguments.output_dir)
     else:
         info()
+
+
+def run_sda(command: str, words: list[str]) -> None:
+    """Runs a command of SDA; a wrong argument ends it with one line that says which."""
+    import diffusers_ext
+
+    _, config, function = SDA[command]
+    sys.argv[0] = f"diffusers-ext {command}"  # what the parser calls the program
+    try:
+        result = getattr(diffusers_ext, function)(diffusers_ext.parse_config(getattr(diffusers_ext, config), words))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    if command != "evaluate":
+        print(result)
+        return
+    for method, accuracy in result["accuracy"].items():
+        print(f"{method}: clean {accuracy['clean']:.1f} %, mean over corruptions {accuracy['mean']:.1f} %")
 
 
 def info() -> None:

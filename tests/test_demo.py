@@ -41,6 +41,9 @@ def test_demo_loads_draws_measures_finetunes_and_reloads(tmp_path):
     before, after = map(float, re.search(r"in 5 steps: before ([\d.]+), after ([\d.]+)", text).groups())
     assert after * 2 < before
     assert (tmp_path / "mmd_ddm.png").is_file()
+    source, adapted = map(float, re.search(r"right: source ([\d.]+), adapted ([\d.]+)", text).groups())
+    assert adapted > source + 0.15
+    assert (tmp_path / "sda.png").is_file()
     picture = np.asarray(Image.open(tmp_path / "image_generation.png").convert("L"))
     real, samples, noise = (part[28:].std() for part in np.array_split(picture, 3, axis=1))
     assert min(real, samples, noise) > 10  # none of the three panels is blank

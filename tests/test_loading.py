@@ -29,6 +29,7 @@ from diffusers_ext import (
     ImageGenerationPipeline,
     NoiseDiffusionPipeline,
     OMSPipeline,
+    SDATTAPipeline,
     StableDiffusionNoiseDiffusionPipeline,
     StableDiffusionXLNoiseDiffusionPipeline,
     save_repo,
@@ -163,6 +164,19 @@ EXAMPLES = {
             lambda: pixel_module(4),
             sample=torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8),
             class_labels=torch.tensor([1, 3]),
+        ),
+    ],
+    "SDATTAPipeline": [
+        example(
+            lambda: SDATTAPipeline(
+                unet(),
+                DDIMScheduler(),
+                EXAMPLES["ImageClassifierFeatures"][0].build(),
+                EXAMPLES["ImageClassifierFeatures"][0].build(),
+                alignment={"num_steps": 4, "factor": 2},
+            ),
+            images=torch.linspace(0, 1, 128).reshape(2, 1, 8, 8),
+            output_type="pt",
         ),
     ],
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 __all__ = ["PANELS", "run_demo"]
 
-PANELS = ["image_generation", "mmd_ddm", "noise_diffusion", "one_more_step"]  # file and function have the same name
+PANELS = ["image_generation", "mmd_ddm", "noise_diffusion", "one_more_step", "sda"]  # named as file and function
 
 
 def run_demo(output_dir: Path) -> None:

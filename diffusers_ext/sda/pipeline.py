@@ -1,0 +1,340 @@
+"""A classifier made robust: labels of images, from the images as they came and as a diffusion model adapts them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from diffusers import UNet2DModel
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+from PIL import Image
+
+from diffusers_ext.hub.loading import SafePipeline
+
+from .align import AlignConfig, align
+from .ensemble import ENSEMBLES, Ensemble, ensemble_logits
+from .lowpass import LowPass
+from .shards import to_pil
+from .views import classify, label_names
+
+__all__ = ["SDATTAOutput", "SDATTAPipeline"]
+
+Resize = Literal["crop", "squash", "none"]
+
+
+@dataclass
+class SDATTAOutput(BaseOutput):
+    """What `SDATTAPipeline` returns.
+
+    Attributes:
+        labels: the name of each image's most probable class.
+        label_ids: `(batch,)` its number.
+        probabilities: `(batch, classes)`.
+        logits: `(batch, classes)` of the ensemble.
+        images: the adapted images, of the asked type; `None` with `ensemble="source"`.
+    """
+
+    labels: list[str]
+    label_ids: torch.Tensor
+    probabilities: torch.Tensor
+    logits: torch.Tensor
+    images: Any
+
+
+class SDATTAPipeline(SafePipeline):
+    """Classifies corrupted images by test-time adaptation with a diffusion model of the classifier's domain.
+
+    Each image is noised and denoised under the guidance of its own low frequencies (DDA); the source classifier sees
+    it as it came, a classifier fine-tuned on images that went the same way (SDA) sees it adapted, and their logits are
+    added. No image's result depends on another's.
+
+    Args:
+        unet: an unconditional `UNet2DModel` on pixels.
+        scheduler: the noise schedule that it was trained with.
+        classifier: the source classifier: a transformers model for image classification, an `ImageClassifierFeatures`
+            or any callable from images in [-1, 1] to logits. A plain callable is not saved.
+        adapted_classifier: the fine-tuned one; by default the source classifier sees both views, which is DDA.
+        image_processor: the classifiers' transformers image processor, for size, mean and deviation.
+        alignment: the settings of `AlignConfig` to use by default, as a dict.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import DDPMScheduler, UNet2DModel
+        >>> from diffusers_ext import ImageClassifierFeatures, SDATTAPipeline
+        >>> unet = UNet2DModel(
+        ...     sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=2,
+        ...     down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+        ... )
+        >>> classifier = ImageClassifierFeatures(sample_size=8, block_out_channels=(4,), feature_dim=6).eval()
+        >>> pipeline = SDATTAPipeline(unet, DDPMScheduler(), classifier, alignment={"num_steps": 10, "factor": 2})
+        >>> pipeline.set_progress_bar_config(disable=True)
+        >>> output = pipeline(torch.rand(2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+        >>> output.probabilities.shape, len(output.images)
+        (torch.Size([2, 10]), 2)
+    """
+
+    __module__ = "diffusers_ext"
+
+    unet: Any
+    scheduler: Any
+    classifier: Any
+    adapted_classifier: Any
+    image_processor: Any
+
+    model_cpu_offload_seq = "unet->classifier->adapted_classifier"
+    _optional_components = ["classifier", "adapted_classifier", "image_processor"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: SchedulerMixin,
+        classifier: Any = None,
+        adapted_classifier: Any = None,
+        image_processor: Any = None,
+        alignment: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("classifier", classifier), ("adapted_classifier", adapted_classifier)):
+            if value is not None and not callable(value):
+                raise ValueError(f"`{name}` must be callable, got {type(value).__name__}.")
+        self._check_models(unet, classifier, adapted_classifier, image_processor)
+        settings = align_settings(alignment or {})
+        # Diffusers can hold and save modules only; other callables stand beside them.
+        self._callables = {
+            name: value
+            for name, value in (("classifier", classifier), ("adapted_classifier", adapted_classifier))
+            if value is not None and not isinstance(value, torch.nn.Module)
+        }
+        self.register_modules(
+            unet=unet,
+            scheduler=scheduler,
+            classifier=None if "classifier" in self._callables else classifier,
+            adapted_classifier=None if "adapted_classifier" in self._callables else adapted_classifier,
+            image_processor=image_processor,
+        )
+        self.register_to_config(alignment={k: getattr(settings, k) for k in AlignConfig.__dataclass_fields__})
+        self._num_timesteps = 0
+        self._filters: dict[Any, LowPass] = {}
+
+    @staticmethod
+    def _check_models(unet: Any, classifier: Any, adapted: Any, processor: Any) -> None:
+        """Compares what the models' configurations say of channels, sizes and labels."""
+        if not isinstance(unet.config.sample_size, int) or getattr(unet.config, "num_class_embeds", None):
+            raise ValueError("`unet` must be unconditional, for square images, with an integer `sample_size`.")
+        channels, size, labels = unet.config.in_channels, unet.config.sample_size, []
+        for name, model in (("classifier", classifier), ("adapted_classifier", adapted)):
+            config = getattr(model, "config", None)
+            wanted = getattr(config, "num_channels", None) or getattr(config, "in_channels", None)
+            if wanted is not None and wanted != channels and (processor is None or wanted != 3):
+                raise ValueError(f"`{name}` must take {channels} channels like `unet`, got one for {wanted}.")
+            side = getattr(config, "sample_size", None)
+            if side is not None and side != size:
+                raise ValueError(f"`{name}` must take images of {size} pixels like `unet`, got one for {side}.")
+            labels.append(getattr(config, "id2label", None) or getattr(config, "num_classes", None))
+        if labels[0] is not None and labels[1] is not None and labels[0] != labels[1]:
+            raise ValueError(
+                f"`adapted_classifier` must have the labels of `classifier`, {labels[0]}, got {labels[1]}."
+            )
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of network calls of the present call."""
+        return self._num_timesteps
+
+    def _classifier(self, name: str) -> Any:
+        return self._callables.get(name, getattr(self, name))
+
+    def check_inputs(
+        self,
+        ensemble: str,
+        resize: str,
+        output_type: str,
+        batch_size: int | None,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        """Checks the arguments of a call.
+
+        Raises:
+            ValueError: one is wrong; the message names it.
+        """
+        if ensemble not in ENSEMBLES:
+            raise ValueError(f"`ensemble` must be one of {list(ENSEMBLES)}, got {ensemble!r}.")
+        if self._classifier("classifier") is None and ensemble != "adapted":
+            raise ValueError("`classifier` must be given to the pipeline: this one was loaded without.")
+        if resize not in get_args(Resize):
+            raise ValueError(f"`resize` must be one of {list(get_args(Resize))}, got {resize!r}.")
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"`output_type` must be one of ['pil', 'np', 'pt'], got {output_type!r}.")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"`batch_size` must be an integer >= 1 or left out, got {batch_size!r}.")
+        if any(name not in self._callback_tensor_inputs for name in callback_on_step_end_tensor_inputs):
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be a subset of {self._callback_tensor_inputs}, got "
+                f"{callback_on_step_end_tensor_inputs}."
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images: Any,
+        ensemble: Ensemble = "sum",
+        alignment: dict[str, Any] | None = None,
+        resize: Resize = "crop",
+        batch_size: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Any, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - as in Diffusers, never changed
+    ) -> SDATTAOutput | tuple[Any, ...]:
+        """Adapts and classifies images.
+
+        Args:
+            images: a PIL image, an array `(height, width[, channels])` or `(batch, height, width, channels)`, uint8
+                or floats in [0, 1], a tensor `(channels, height, width)` or `(batch, channels, height, width)` in
+                [0, 1], or a list of these.
+            ensemble: how the two views are combined; see `ensemble_logits`. `"source"` calls no diffusion model.
+            alignment: settings of `AlignConfig` for this call, over the pipeline's own.
+            resize: images of another size than the diffusion model's are brought to it: `"crop"` resizes the shorter
+                side and crops the centre, `"squash"` gives up the proportions, `"none"` refuses them.
+            batch_size: images at a time, by default all.
+            generator: one generator, or one an image; with one an image no result depends on the batch.
+            output_type: of the adapted images: `"pil"`; `"np"` `(batch, height, width, channels)` or `"pt"` `(batch,
+                channels, height, width)` in [0, 1].
+            return_dict: return an `SDATTAOutput` instead of a tuple.
+            callback_on_step_end: called as `(pipeline, step, timestep, {"latents": ...})` after every step; the
+                latents it returns are used.
+            callback_on_step_end_tensor_inputs: names passed to it.
+
+        Returns:
+            `SDATTAOutput`, or its values as a tuple in the same order.
+
+        Raises:
+            ValueError: an argument is wrong; the message names it.
+        """
+        self.check_inputs(ensemble, resize, output_type, batch_size, callback_on_step_end_tensor_inputs)
+        settings = align_settings({**self.config["alignment"], **(alignment or {})})
+        x = to_tensor(images, self.unet.config.sample_size, self.unet.config.in_channels, resize)
+        if isinstance(generator, list) and len(generator) != len(x):
+            raise ValueError(f"`generator` must be one generator or a list of {len(x)}, got {len(generator)}.")
+        device = self._execution_device
+        step = batch_size or len(x)
+        self._num_timesteps = settings.calls if ensemble != "source" else 0
+
+        def report(index: int, timestep: int, z: torch.Tensor) -> torch.Tensor | None:
+            bar.update()
+            if callback_on_step_end is None:
+                return None
+            return callback_on_step_end(self, index, timestep, {"latents": z}).get("latents", z)
+
+        logits, adapted = [], []
+        total = self._num_timesteps * -(-len(x) // step)
+        with self.progress_bar(total=total) as bar:  # pyright: ignore[reportCallIssue]
+            for first in range(0, len(x), step):
+                part = x[first : first + step].to(device)
+                own = generator[first : first + step] if isinstance(generator, list) else generator
+                view = None
+                if ensemble != "source":
+                    view = align(
+                        self.unet,
+                        self.scheduler,
+                        part,
+                        settings,
+                        generator=own,
+                        low_pass=self._filter(settings.factor, device),
+                        callback=report,
+                    )
+                    adapted.append(view)
+                logits.append(self._logits(part, view, ensemble))
+        result = torch.cat(logits)
+        pictures = _as(output_type, torch.cat(adapted)) if adapted else None
+        self.maybe_free_model_hooks()
+        ids = result.argmax(1).cpu()
+        names = label_names(self._classifier("classifier"), result.shape[1])
+        output = SDATTAOutput([names[i] for i in ids.tolist()], ids, result.softmax(1), result, pictures)
+        return output if return_dict else tuple(getattr(output, name) for name in SDATTAOutput.__dataclass_fields__)
+
+    def _logits(self, images: torch.Tensor, adapted: torch.Tensor | None, ensemble: Ensemble) -> torch.Tensor:
+        """Calls a classifier once for each view that the ensemble needs."""
+        source, second = self._classifier("classifier"), self._classifier("adapted_classifier")
+        if adapted is None:
+            return classify(source, images, self.image_processor)
+        of_adapted = classify(source if second is None else second, adapted, self.image_processor)
+        if ensemble == "adapted":
+            return of_adapted
+        return ensemble_logits(classify(source, images, self.image_processor), of_adapted, ensemble)
+
+    def _filter(self, factor: int, device: torch.device) -> LowPass:
+        key = (factor, device)
+        if key not in self._filters:
+            self._filters[key] = LowPass(self.unet.config.sample_size, factor, device)
+        return self._filters[key]
+
+
+def align_settings(values: dict[str, Any]) -> AlignConfig:
+    """Makes an `AlignConfig` of a dict; an unknown setting is a `ValueError`."""
+    unknown = sorted(set(values) - set(AlignConfig.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"`alignment` must be settings of `AlignConfig`, got {unknown}.")
+    return AlignConfig(**values)
+
+
+def _as(output_type: str, images: torch.Tensor) -> Any:
+    if output_type == "pil":
+        return to_pil(images)
+    pixels = (images.float() + 1) / 2
+    return pixels if output_type == "pt" else pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_tensor(images: Any, size: int, channels: int, resize: Resize = "crop") -> torch.Tensor:
+    """Brings images of any kind to `(batch, channels, size, size)` in [-1, 1].
+
+    Raises:
+        ValueError: they are no images, or have another size with `resize="none"`.
+    """
+    batched = isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4
+    items = list(images) if isinstance(images, list | tuple) or batched else [images]
+    if not items:
+        raise ValueError("`images` must hold at least one image, got none.")
+    return torch.stack([_one(item, size, channels, resize) for item in items])
+
+
+def _one(image: Any, size: int, channels: int, resize: Resize) -> torch.Tensor:
+    if isinstance(image, Image.Image):
+        image = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    if isinstance(image, np.ndarray):
+        pixels = torch.from_numpy(np.array(image[..., None] if image.ndim == 2 else image))  # own memory, writable
+        pixels = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels
+    elif isinstance(image, torch.Tensor):
+        pixels = image
+    else:
+        raise ValueError(f"`images` must be PIL images, arrays or tensors, got {type(image).__name__}.")
+    if pixels.ndim != 3 or pixels.shape[0] != channels:
+        raise ValueError(
+            f"`images` must have {channels} channels like `unet`, got an image of shape {tuple(image.shape)}."
+        )
+    if pixels.is_floating_point():
+        if not (bool(torch.isfinite(pixels).all()) and float(pixels.min()) >= 0 and float(pixels.max()) <= 1):
+            raise ValueError("`images` as floats must be finite and lie in [0, 1].")
+        pixels = pixels.float()
+    elif pixels.dtype == torch.uint8:
+        pixels = pixels / 255
+    else:
+        raise ValueError(f"`images` must be uint8 or floats in [0, 1], got {pixels.dtype}.")
+    height, width = pixels.shape[1:]
+    if (height, width) != (size, size):
+        if resize == "none":
+            raise ValueError(f"`images` must be {size} x {size} with `resize='none'`, got {height} x {width}.")
+        scale = size / min(height, width)
+        target = (
+            (size, size) if resize == "squash" else (max(size, round(height * scale)), max(size, round(width * scale)))
+        )
+        pixels = torch.nn.functional.interpolate(pixels[None], target, mode="bicubic", antialias=True)[0].clamp(0, 1)
+        top, left = (target[0] - size) // 2, (target[1] - size) // 2
+        pixels = pixels[:, top : top + size, left : left + size]
+    return pixels * 2 - 1
