@@ -146,15 +146,29 @@ def fixed_points(iterations):
 
 
 def peak_memory(count, batched):
-    """Returns the peak memory in MiB of a process that makes frames."""
-    code = (
-        "import resource, sys; sys.path.insert(0, 'benchmarks'); import noise_diffusion_speed as b; b.frames(1, 4);"
-        f"before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; b.SIZE; "
-        f"b.{'frames' if batched else 'one_by_one'}({count}, 4);"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    """Returns how many MiB beyond what it holds before a fresh process needs to make frames (Linux)."""
+    call = f"b.{'frames' if batched else 'one_by_one'}({count}, 4)"
+    code = "import sys; sys.path.insert(0, 'benchmarks'); import noise_diffusion_speed as b; "
+    code += f"b.report_peak(lambda: {call})"
+    # Large blocks go back to the system at once, so that the process size says what is in use.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     return float(run.stdout.split()[-1])
+
+
+def report_peak(function):
+    """Prints the growth of the process while `function` runs."""
+    torch.set_num_threads(1)
+    frames(1, 4)
+
+    def status(name):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = status("VmRSS:")
+    function()
+    print(status("VmHWM:") - before)
 
 
 def main():
