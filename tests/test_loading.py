@@ -438,7 +438,7 @@ def test_the_examples_differ(matrix):
     """An output that did not depend on the weights would prove nothing."""
     for key, expected in matrix[0].items():
         if expected["weights"]:
-            for out in expected["outputs"]:
+            for out in filter(torch.is_floating_point, expected["outputs"]):  # labels may be alike
                 assert out.std() > 1e-3, key
     assert {"vae.", "unet."} == {k[: k.index(".") + 1] for k in matrix[0]["ImageGenerationPipeline-2"]["weights"]}
 

@@ -12,8 +12,10 @@ from diffusers import UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from PIL import Image
+from transformers import PreTrainedModel
 
 from diffusers_ext.hub.loading import SafePipeline
+from diffusers_ext.metrics.features import ImageClassifierFeatures
 
 from .align import AlignConfig, align
 from .ensemble import ENSEMBLES, Ensemble, ensemble_logits
@@ -93,8 +95,9 @@ class SDATTAPipeline(SafePipeline):
         self,
         unet: UNet2DModel,
         scheduler: SchedulerMixin,
-        classifier: Any = None,
-        adapted_classifier: Any = None,
+        # `from_pipe` takes over Diffusers models of the types that stand here only.
+        classifier: ImageClassifierFeatures | PreTrainedModel | Callable[..., Any] | None = None,
+        adapted_classifier: ImageClassifierFeatures | PreTrainedModel | Callable[..., Any] | None = None,
         image_processor: Any = None,
         alignment: dict[str, Any] | None = None,
     ) -> None:
