@@ -10,6 +10,7 @@ nothing. Where the data set grows, cost an image must not: every image is on its
 
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -60,26 +61,28 @@ def seeded(count):
     return [torch.Generator().manual_seed(i) for i in range(count)]
 
 
-def two_processes():
+def two_processes(repeats=3):
     """Time of `diffusers-ext align` on one process over that on two, without what one image costs: the start."""
-    seconds = {}
+    seconds = {(count, world): [] for count in (100, 1000) for world in (1, 2)}
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "commands.py"
         script.write_text(PROCESS)
+        data = np.load(DIGITS)
         for count in (100, 1000):
-            data = np.load(DIGITS)
             np.savez(Path(folder) / f"{count}.npz", images=data["images"][:count], labels=data["labels"][:count])
-            for world in (1, 2):
+        for i in range(repeats):
+            for count, world in seconds:
                 command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", str(script)]
                 command += ["align", "--train_data_dir", f"{folder}/{count}.npz", "--output_dir"]
-                command += [f"{folder}/{count}-{world}", "--num_steps", "20", "--sampler", "ddim", "--factor", "2"]
+                command += [f"{folder}/{count}-{world}-{i}", "--num_steps", "20", "--sampler", "ddim", "--factor", "2"]
                 command += ["--pretrained_model_name_or_path", str(ASSETS / "digits-sda"), "--batch_size", "50"]
                 start = time.perf_counter()
                 subprocess.run(
                     command, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, check=True, capture_output=True
                 )
-                seconds[count, world] = time.perf_counter() - start
-    return (seconds[1000, 1] - seconds[100, 1]) / (seconds[1000, 2] - seconds[100, 2])
+                seconds[count, world].append(time.perf_counter() - start)
+    middle = {key: statistics.median(values) for key, values in seconds.items()}
+    return (middle[1000, 1] - middle[100, 1]) / (middle[1000, 2] - middle[100, 2])
 
 
 def curve(pipeline, images, pixels, labels):
