@@ -24,7 +24,7 @@ RUNS = ROOT / "runs" / "small_models"
 SIZE, SEEDS = 16, [0, 1, 2]
 CHANNELS = {"digits": 1, "photos": 3}
 BLOCKS = {"digits": [12, 24, 32], "photos": [16, 24, 32]}
-STEPS = 800
+STEPS = 4000
 # The widths of the two classifiers: one to tune on, one that nothing is ever tuned on, to judge by.
 CLASSIFIERS = {"tuning": (16, 32), "held_out": (24, 40)}
 
@@ -117,13 +117,13 @@ def base(name, seed):
     """Returns the folder of a model of a data set, trained once."""
     write_data(name)
     folder = RUNS / name / f"base-{seed}"
-    blocks = len(BLOCKS[name])
     unet = {
         "block_out_channels": BLOCKS[name],
-        "down_block_types": ["DownBlock2D"] * blocks,
-        "up_block_types": ["UpBlock2D"] * blocks,
+        "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
         "layers_per_block": 1,
         "norm_num_groups": 4,
+        "attention_head_dim": 8,
         "add_attention": False,
     }
     path = RUNS / name / "unet.json"
@@ -134,13 +134,13 @@ def base(name, seed):
         output_dir=str(folder),
         resolution=SIZE,
         channels=CHANNELS[name],
-        train_batch_size=32,
+        train_batch_size=64,
         max_train_steps=STEPS,
         learning_rate=2e-3,
         lr_scheduler="cosine",
-        lr_warmup_steps=50,
-        ema_decay=0.99,
-        checkpointing_steps=250,
+        lr_warmup_steps=100,
+        ema_decay=0.998,
+        checkpointing_steps=500,
         checkpoints_total_limit=1,
         resume_from_checkpoint="latest",
         logging_steps=50,

@@ -25,7 +25,7 @@ from diffusers_ext.training.recipe import Context, Modules, Recipe, StepOutput
 
 from .chain import check_chain, clamped, differentiable_sample
 from .features import FeatureSpace
-from .replay import replayed_loss
+from .replay import gathered, replayed_loss
 
 __all__ = ["MMDDDMConfig", "MMDDDMRecipe"]
 
@@ -109,8 +109,8 @@ class MMDDDMConfig(ImageConfig):
 class MMDDDMRecipe(Recipe[MMDDDMConfig]):
     """MMD-DDM (arXiv 2301.07969): minimises the squared MMD between generated and real images, through the sampler.
 
-    Every update generates a batch with `num_inference_steps` steps and compares it with as many real images. Real
-    features are computed once where nothing augments the images.
+    Every update generates a batch with `num_inference_steps` steps and compares it with as many real images; with
+    several processes their batches count as one. Real features are computed once where nothing augments the images.
 
     Args:
         config: the arguments.
@@ -140,11 +140,12 @@ class MMDDDMRecipe(Recipe[MMDDDMConfig]):
     def dataset(self, ctx: Context[MMDDDMConfig]) -> Any:
         """Loads the model and the images, and computes the real features."""
         config, device = self.config, ctx.accelerator.device
+        # Recomputed calls would start the gradient exchange of `DistributedDataParallel` anew amid a backward pass.
         require(
-            ctx.accelerator.num_processes == 1,
-            "num_processes",
-            ctx.accelerator.num_processes,
-            "1: the distance is between whole batches; for larger ones use `micro_batch_size`",
+            ctx.accelerator.num_processes == 1 or config.chain_checkpointing == "none",
+            "chain_checkpointing",
+            config.chain_checkpointing,
+            "'none' with several processes; `micro_batch_size` and `gradient_checkpointing` save memory there",
         )
         self.denoiser = denoiser = load_denoiser(str(config.pretrained_model_name_or_path))
         denoiser.check_size(config.resolution, config.channels)
@@ -207,8 +208,14 @@ class MMDDDMRecipe(Recipe[MMDDDMConfig]):
         def generate(part: slice) -> torch.Tensor:
             return self.generate(ctx, noise[part], None if labels is None else labels[part])
 
+        real = gathered(real, ctx.accelerator)
+
         def loss(generated: torch.Tensor) -> torch.Tensor:
-            return mmd2(generated, real, config.kernel, **self._kernel_options()).float()
+            generated = gathered(generated, ctx.accelerator)
+            value = mmd2(generated, real, config.kernel, **self._kernel_options()).float()
+            # Each process has the gradient of its own images, and the engine averages where a sum is due.
+            others = ctx.accelerator.num_processes - 1
+            return value + others * (value - value.detach()) if others else value
 
         micro = config.micro_batch_size
         if micro is None or micro >= len(noise):

@@ -11,8 +11,23 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from accelerate import Accelerator
 
-__all__ = ["replayed_loss"]
+__all__ = ["gathered", "replayed_loss"]
+
+
+def gathered(features: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    """Returns the features of all processes' samples, in the processes' order; this one's own keep their gradient.
+
+    Args:
+        features: `(samples, features)`, as many on every process.
+        accelerator: knows the processes.
+    """
+    if accelerator.num_processes == 1:
+        return features
+    parts = list(accelerator.gather(features.detach()).chunk(accelerator.num_processes))  # type: ignore[union-attr]
+    parts[accelerator.process_index] = features
+    return torch.cat(parts)
 
 
 def replayed_loss(

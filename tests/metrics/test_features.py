@@ -56,6 +56,30 @@ def test_inception_says_what_to_install():
         inception_features()
 
 
+def test_differentiable_inception_equals_its_own_forward(monkeypatch):
+    """With random weights; the real ones are a download."""
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", exc_type=ImportError)
+
+    def random_weights(network, state):
+        torch.manual_seed(0)
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(layer.weight)
+
+    monkeypatch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", random_weights)
+    monkeypatch.setattr(module, "load_state_dict_from_url", lambda *arguments, **options: {})
+    plain, features = inception_features(), inception_features(differentiable=True)
+    images = (torch.randint(0, 256, (2, 3, 32, 32)) / 127.5 - 1).requires_grad_()  # whole bytes
+    found, expected = features(images), plain(images)
+    assert expected.shape == (2, 2048)
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(found, expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-4)
+    gradient = torch.autograd.grad(found.square().sum(), images)[0]
+    assert (gradient.flatten(1).norm(dim=1) > 0).all()
+    grey = features(images[:, :1])
+    torch.testing.assert_close(grey, features(images[:, :1].expand(-1, 3, -1, -1)))
+
+
 def test_clip_features_are_the_models_embedding_with_gradients(tmp_path):
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD

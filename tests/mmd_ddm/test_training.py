@@ -1,6 +1,7 @@
 """MMD-DDM's recipe: exact large batches, what moves and what does not, the saved pipeline, and refusals."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,28 @@ def test_training_with_less_memory_is_the_same_training(folder, tmp_path, change
         torch.testing.assert_close(
             a[name], b[name], rtol=1e-4, atol=2e-5
         )  # Adam enlarges rounding where gradients are 0
+
+
+@pytest.mark.parametrize("micro", [None, 3])
+def test_two_processes_share_a_batch_and_get_its_gradient(folder, tmp_path, micro):
+    common = {"chain_checkpointing": "none", "rng_scope": "sample", "max_train_steps": 2}
+    # Nearly plain gradient descent: Adam itself would hide the gradient's scale.
+    common |= {"adam_epsilon": 1.0, "learning_rate": 1.0, "max_grad_norm": 1e6, "use_ema": False}
+    _, expected, _ = train(config(folder, tmp_path / "one", **common))
+    values = config(folder, tmp_path / "two", **common, train_batch_size=4, micro_batch_size=micro).to_dict()
+    path = tmp_path / "arguments.json"
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, "training/train_mmd_ddm.py", "--config", str(path)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == pytest.approx(expected, rel=1e-4)
+    before, a, b = weights(folder / "base"), weights(tmp_path / "one"), weights(tmp_path / "two")
+    moved = torch.cat([(a[name] - before[name]).flatten() for name in a]).norm()
+    apart = torch.cat([(a[name] - b[name]).flatten() for name in a]).norm()
+    assert apart < 1e-3 * moved
 
 
 def test_tuning_lowers_the_distance(folder, tmp_path):
