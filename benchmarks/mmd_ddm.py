@@ -32,8 +32,8 @@ from diffusers_ext import (
 )
 
 RUNS = ROOT / "runs" / "mmd_ddm"
-UPDATES = {5: 30, 10: 20}  # steps tuned for -> updates
-CURVE, COUNT = [3, 5, 10, 20], 400
+UPDATES = 60
+CURVE, COUNT = [3, 5, 10, 20, 50], 400
 MODELS = ["untuned", "untuned clipped", "tuned for 5", "tuned for 10"]
 SPACES = {"fd_tuning": "FD, tuned on", "fd_held_out": "FD, held out", "fd_pixels": "FD, pixels"}
 
@@ -51,10 +51,10 @@ def tuned(name, seed, steps):
         features=f"pixels,classifier:{small_models.RUNS / name / 'classifier-tuning'}",
         train_batch_size=64,
         chain_checkpointing="none",
-        max_train_steps=UPDATES[steps],
-        learning_rate=2e-4,
-        ema_decay=0.9,
-        checkpointing_steps=10,
+        max_train_steps=UPDATES,
+        learning_rate=1e-4,
+        ema_decay=0.95,
+        checkpointing_steps=20,
         checkpoints_total_limit=1,
         resume_from_checkpoint="latest",
         logging_steps=5,
