@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
-from harness import figure, interleaved, write_result
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from harness import figure, interleaved, small_unet, write_result
 from peft import LoraConfig
 
 from diffusers_ext import (
@@ -46,18 +46,7 @@ class Clock(Callback):
 
 
 def write_source(folder):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=SIZE,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(32, 64, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D",) * 3,
-        up_block_types=("UpBlock2D",) * 3,
-        add_attention=False,
-    )
+    unet = small_unet(SIZE, 3, (32, 64, 64), groups=8)
     save_repo(ImageGenerationPipeline(unet, DDPMScheduler()), folder / "source")
     images = np.random.default_rng(0).integers(0, 256, (64, SIZE, SIZE, 3), dtype=np.uint8)
     np.savez(folder / "images.npz", images=images)
@@ -148,9 +137,10 @@ def main():
     times = pair_times()
     figures["terms_share_of_a_step_64_images"] = figure(times["terms"] / plain[64], "ratio", "<= 0.03")
     figures["looped_over_batched_64_images"] = figure(times["looped"] / times["batched"], "ratio", ">= 20")
-    figures["memory_full"] = figure(gibibytes(False), "GiB")
-    figures["memory_lora"] = figure(gibibytes(True), "GiB")
-    figures["memory_lora_over_full"] = figure(gibibytes(True) / gibibytes(False), "ratio")
+    full, lora = gibibytes(lora=False), gibibytes(lora=True)
+    figures["memory_full"] = figure(full, "GiB")
+    figures["memory_lora"] = figure(lora, "GiB")
+    figures["memory_lora_over_full"] = figure(lora / full, "ratio")
     command = "python benchmarks/domain_studio_cost.py"
     write_result("domain_studio_cost", command, figures, [0], time.perf_counter() - start)
 

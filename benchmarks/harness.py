@@ -9,6 +9,7 @@ from pathlib import Path
 import accelerate
 import diffusers
 import torch
+from diffusers import UNet2DModel
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -34,6 +35,27 @@ def figure(value, unit, goal=None, spread=None):
     if goal is not None:
         entry["goal"] = goal
     return entry
+
+
+def spread(values):
+    """Returns the standard deviation over seeds, `None` of a single one."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def small_unet(size, channels, blocks, groups):
+    """Returns a network without attention for images of `size`, random weights that are always the same."""
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=blocks,
+        layers_per_block=1,
+        norm_num_groups=groups,
+        down_block_types=("DownBlock2D",) * len(blocks),
+        up_block_types=("UpBlock2D",) * len(blocks),
+        add_attention=False,
+    )
 
 
 def write_result(name, command, figures, seeds, seconds, table=None):

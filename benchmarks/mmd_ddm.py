@@ -20,7 +20,7 @@ import numpy as np
 import small_models
 import torch
 from diffusers import DDIMScheduler
-from harness import figure, write_result
+from harness import figure, spread, write_result
 from small_models import CHANNELS, ROOT, SEEDS, SIZE
 
 from diffusers_ext import (
@@ -121,10 +121,6 @@ def measure(name, seed):
 
 def key(text):
     return text.replace(" ", "_")
-
-
-def spread(values):
-    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def summarise(name, by_seed):

@@ -12,8 +12,8 @@ import resource
 import time
 
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
-from harness import figure, interleaved, write_result
+from diffusers import DDIMScheduler
+from harness import figure, interleaved, small_unet, write_result
 
 from diffusers_ext import differentiable_sample, mmd2, replayed_loss
 
@@ -21,18 +21,7 @@ SIZE, BATCH = 16, 64
 
 
 def network():
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=SIZE,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(12, 24, 32),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",) * 3,
-        up_block_types=("UpBlock2D",) * 3,
-        add_attention=False,
-    ).eval()
+    return small_unet(SIZE, 1, (12, 24, 32), groups=4).eval()
 
 
 def update(unet, steps, checkpointing, micro=None):

@@ -198,29 +198,32 @@ class DomainStudioLoss:
             ValueError: sizes are odd, or the numbers of images differ.
         """
         terms, weights = {}, self.weights
+        # Both losses on high frequencies take the adapted model's.
+        needed = weights["hf_pair_weight"] or weights["hf_mse_weight"]
+        high = haar_high_frequency(adapted.float()) if needed else adapted
         if self.pairs:
-            terms |= self._pair_terms(adapted, source, timesteps)
+            if source is None:
+                raise ValueError("`source` must be given where a pair loss has a weight, got None.")
+            terms |= self._pair_terms(adapted, high, source, timesteps)
         if weights["hf_mse_weight"]:
-            error = haar_high_frequency(adapted.float()) - haar_high_frequency(target.float())
+            error = high - haar_high_frequency(target.float())
             each = error.square().flatten(1).mean(1)
             each = each * snr.clamp(max=1) if self.hf_mse_weighting == "snr" else each
             terms["hf_mse"] = weights["hf_mse_weight"] * each.mean()
         return terms
 
     def _pair_terms(
-        self, adapted: torch.Tensor, source: torch.Tensor | None, timesteps: torch.Tensor
+        self, adapted: torch.Tensor, high: torch.Tensor, source: torch.Tensor, timesteps: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        if source is None:
-            raise ValueError("`source` must be given where a pair loss has a weight, got None.")
         pair, hf = self.weights["pair_weight"], self.weights["hf_pair_weight"]
         if self.max_pair_timestep is not None:
             kept = timesteps <= self.max_pair_timestep
-            adapted, source = adapted[kept], source[kept]
+            adapted, high, source = adapted[kept], high[kept], source[kept]
         terms = {}
         few = len(adapted) < 2  # nothing is left to compare
         if pair:
             terms["pair"] = adapted.sum() * 0 if few else pair * pairwise_similarity_loss(adapted, source)
         if hf:
-            ours, theirs = haar_high_frequency(adapted.float()), haar_high_frequency(source.float())
-            terms["hf_pair"] = adapted.sum() * 0 if few else hf * pairwise_similarity_loss(ours, theirs)
+            theirs = haar_high_frequency(source.float())
+            terms["hf_pair"] = adapted.sum() * 0 if few else hf * pairwise_similarity_loss(high, theirs)
         return terms
