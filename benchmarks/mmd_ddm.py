@@ -1,6 +1,6 @@
 """Does tuning through the sampler with MMD-DDM make few steps good? Digits and photographs of 16x16 pixels.
 
-    python benchmarks/mmd_ddm.py     # under an hour on one core, after benchmarks/small_models.py
+    python benchmarks/mmd_ddm.py     # an hour on one core, after benchmarks/small_models.py
 
 A DDPM of each is tuned for 5 and, apart, for 10 steps of DDIM, on the cubic kernel of pixels joined with the features
 of a classifier. Compared with the untuned model on the same grid ("leading", which is DDIM's better one here) from the
@@ -32,7 +32,7 @@ from diffusers_ext import (
 )
 
 RUNS = ROOT / "runs" / "mmd_ddm"
-UPDATES = 60
+UPDATES = 120
 CURVE, COUNT = [3, 5, 10, 20, 50], 400
 MODELS = ["untuned", "untuned clipped", "tuned for 5", "tuned for 10"]
 SPACES = {"fd_tuning": "FD, tuned on", "fd_held_out": "FD, held out", "fd_pixels": "FD, pixels"}
@@ -52,8 +52,8 @@ def tuned(name, seed, steps):
         train_batch_size=64,
         chain_checkpointing="none",
         max_train_steps=UPDATES,
-        learning_rate=1e-4,
-        ema_decay=0.95,
+        learning_rate=5e-5,
+        ema_decay=0.98,
         checkpointing_steps=20,
         checkpoints_total_limit=1,
         resume_from_checkpoint="latest",

@@ -26,13 +26,14 @@ class PrecomputedDataset:
     the work.
 
     Args:
-        source: a data set of `load_images`' kind, without random augmentation.
+        source: a data set of `load_images`' kind, without random augmentation; its `fingerprint` belongs to the
+            identity.
         folder: where the files are.
         identity: whatever the results depend on, plain values; files of another identity are not used.
     """
 
     def __init__(self, source: Any, folder: str | os.PathLike, identity: dict[str, Any]) -> None:
-        digest = hashlib.sha256(json.dumps([identity, len(source)], sort_keys=True).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(json.dumps([identity, source.fingerprint], sort_keys=True).encode()).hexdigest()[:12]
         self.source, self.folder = source, Path(folder) / f"precomputed-{digest}"
         self._columns: dict[str, torch.Tensor] = {}
 

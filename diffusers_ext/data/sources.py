@@ -36,6 +36,7 @@ class _Images:
         random_flip: bool,
         channels: int,
         description: str,
+        fingerprint: str | None,
     ) -> None:
         for argument, column in (
             ("image_column", image_column),
@@ -46,7 +47,7 @@ class _Images:
                 raise ValueError(f"`{argument}` must be one of the columns {column_names}, got {column!r}.")
         self.column_names, self.image_column = column_names, image_column
         self.label_column, self.caption_column = label_column, caption_column
-        self.class_names, self.description = class_names, description
+        self.class_names, self.description, self.fingerprint = class_names, description, fingerprint
         self.resolution, self.center_crop, self.random_flip = resolution, center_crop, random_flip
         self.channels = channels
 
@@ -125,6 +126,7 @@ class ImageDataset(_Images):
         column_names: columns of the source.
         class_names: names of the classes in the order of their labels, or `None`.
         description: one line on where the images come from.
+        fingerprint: another one once the source or the columns read of it have changed.
     """
 
     streaming = False
@@ -307,11 +309,14 @@ def load_images(
         if "label" in columns:
             label_column = label_column or "label"
             classes = [str(i) for i in range(int(columns["label"].max()) + 1)]
+        file = path.stat()
+        fingerprint = f"{path.resolve()} {file.st_size} {file.st_mtime_ns} {len(rows)}"
     else:
         rows = _read(dataset_name, path, dataset_config_name, split, streaming)
         rows, names, label_column, classes = _columns(rows, image_column, label_column, caption_column)
         if max_train_samples is not None:
             rows = rows.take(max_train_samples) if streaming else rows.select(range(min(max_train_samples, len(rows))))
+        fingerprint = None if streaming else f"{rows._fingerprint} {image_column} {label_column} {caption_column}"
     if not streaming and len(rows) == 0:
         raise ValueError(f"`split` must hold images, got {split!r} of {dataset_name or train_data_dir!r} with none.")
     count = "a stream of" if streaming else f"{len(rows):,}"
@@ -319,6 +324,7 @@ def load_images(
         "column_names": names,
         "label_column": label_column,
         "class_names": classes,
+        "fingerprint": fingerprint,
         "description": f"{count} images from {dataset_name or (path.name if path else '')}",
     }
     return ImageStream(rows, **options) if streaming else ImageDataset(rows, **options)

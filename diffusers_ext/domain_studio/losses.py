@@ -7,6 +7,7 @@ loss compares high frequencies with those of the training image itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -137,7 +138,7 @@ class DomainStudioLoss:
         max_pair_timestep: images noisier than this timestep are left out of the pair losses.
 
     Raises:
-        ValueError: a weight is negative.
+        ValueError: a weight is no finite number >= 0, or the timestep no integer >= 0.
 
     Reference:
         DomainStudio, arXiv 2306.14153, eq. 13 for unconditional models, where the authors' code has the weights 4, 4
@@ -162,10 +163,12 @@ class DomainStudioLoss:
     ) -> None:
         self.weights = {"pair_weight": pair_weight, "hf_pair_weight": hf_pair_weight, "hf_mse_weight": hf_mse_weight}
         for name, value in self.weights.items():
-            if not value >= 0:
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"`{name}` must be a number >= 0, got {value!r}.")
         if hf_mse_weighting not in ("snr", "x0"):
             raise ValueError(f"`hf_mse_weighting` must be 'snr' or 'x0', got {hf_mse_weighting!r}.")
+        if max_pair_timestep is not None and (type(max_pair_timestep) is not int or max_pair_timestep < 0):
+            raise ValueError(f"`max_pair_timestep` must be an integer >= 0 or left out, got {max_pair_timestep!r}.")
         self.hf_mse_weighting, self.max_pair_timestep = hf_mse_weighting, max_pair_timestep
 
     @property
@@ -189,7 +192,7 @@ class DomainStudioLoss:
             source: likewise of the source model; `None` where no pair loss has a weight.
             target: the training images.
             snr: `(batch,)` signal-to-noise ratios of the noisy images.
-            timesteps: `(batch,)`.
+            timesteps: `(batch,)`, as the network is given them.
 
         Returns:
             `pair`, `hf_pair` and `hf_mse`, those with a weight; add them up.

@@ -19,11 +19,13 @@ class PairedDataset:
 
     Args:
         instances: a map-style data set of `load_images`' kind.
-        classes: likewise.
+
+    Attributes:
+        classes: likewise, to be set before the first `get`.
     """
 
-    def __init__(self, instances: Any, classes: Any) -> None:
-        self.instances, self.classes = instances, classes
+    def __init__(self, instances: Any) -> None:
+        self.instances, self.classes = instances, None
 
     def __len__(self) -> int:
         """Returns the number of images to adapt to."""
@@ -31,9 +33,10 @@ class PairedDataset:
 
     def get(self, index: int, generator: torch.Generator | None = None) -> dict[str, Any]:
         """Returns an image as `pixel_values` and one of the class as `class_pixel_values`."""
-        other = int(torch.randint(len(self.classes), (1,), generator=generator))
+        classes: Any = self.classes
+        other = int(torch.randint(len(classes), (1,), generator=generator))
         item = self.instances.get(index, generator)
-        return {**item, "class_pixel_values": self.classes.get(other, generator)["pixel_values"]}
+        return {**item, "class_pixel_values": classes.get(other, generator)["pixel_values"]}
 
 
 def class_images(
@@ -48,11 +51,21 @@ def class_images(
         count: how many there must be.
         batch_size: images at a time.
         seed: image `i` depends on it and on `i` alone.
+
+    Raises:
+        ValueError: the folder's images were generated for another class.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
+    note = target / "class_prompt.txt"
+    if note.is_file() and note.read_text(encoding="utf-8") != prompt:
+        found = note.read_text(encoding="utf-8")
+        accepted = f"a folder without images of another class than {prompt!r}"
+        raise ValueError(f"`class_data_dir` must be {accepted}, got {str(folder)!r} with images of {found!r}.")
     present = sum(path.suffix.lower() in SUFFIXES for path in target.iterdir())
     missing = [i for i in range(count) if not (target / f"{i:05d}.png").is_file()][: max(0, count - present)]
+    if missing:
+        note.write_text(prompt, encoding="utf-8")
     pipeline.set_progress_bar_config(disable=True)
     with tqdm(total=len(missing), desc="class images", unit="image", disable=not missing) as bar:
         for start in range(0, len(missing), batch_size):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from diffusers_ext.hub.repo import save_lora_repo
 from diffusers_ext.training.config import described, require
 from diffusers_ext.training.images import ImageConfig, image_dataset
 from diffusers_ext.training.objectives import EpsX0V, FlowMatching
+from diffusers_ext.training.pretrained import check_image_size, check_inference_steps
 from diffusers_ext.training.recipe import Context, Modules, Recipe, StepOutput
 from diffusers_ext.training.timesteps import UniformTimesteps
 
@@ -57,7 +59,8 @@ class DomainStudioConfig(ImageConfig):
     num_class_images: int = described("How many of them there must be.", 200)
     prior_loss_weight: float = described("Weight of the loss on images of the class; 0 needs none.", 1.0)
     source: Literal["frozen", "self"] = described(
-        "'self' compares with the adapted model's own images of the class, as the authors did: the anchor drifts.",
+        "'self' compares with the adapted model's own images of the class, as the authors did, gradient and all: the "
+        "anchor drifts.",
         "frozen",
     )
     use_lora: bool = described("Train LoRA layers by peft instead of the whole UNet; needs no copy of it.", False)
@@ -82,6 +85,10 @@ class DomainStudioConfig(ImageConfig):
         require(self.prior_loss_weight >= 0, "prior_loss_weight", self.prior_loss_weight, "a number >= 0")
         if self.text and self.prior and self.class_data_dir is None:
             raise ValueError("`class_data_dir` must be given with `prior_loss_weight` or `source='self'`.")
+        if self.class_data_dir is not None and self.train_data_dir is not None:
+            ours, theirs = Path(self.train_data_dir).resolve(), Path(self.class_data_dir).resolve()
+            apart = ours not in (theirs, *theirs.parents) and theirs not in ours.parents
+            require(apart, "class_data_dir", self.class_data_dir, f"apart from `train_data_dir`, {str(ours)!r}")
         if self.source == "self":
             require(self.text, "source", self.source, "'frozen' without `instance_prompt`")
         for name in ("num_class_images", "rank", "validation_inference_steps"):
@@ -116,7 +123,8 @@ class DomainStudioConfig(ImageConfig):
 class DomainStudioRecipe(Recipe[DomainStudioConfig]):
     """DomainStudio (arXiv 2306.14153): ties the distances between adapted samples to those of the frozen source.
 
-    The source sees the same noisy images at the same timesteps, with text under the prompt of the class.
+    The source sees the same noisy images at the same timesteps, with text under the prompt of the class. Its dropout
+    is off, that of the network in training on.
 
     Example:
         >>> from diffusers_ext import DomainStudioConfig, DomainStudioRecipe, Trainer
@@ -132,7 +140,7 @@ class DomainStudioRecipe(Recipe[DomainStudioConfig]):
     # -- data and modules ------------------------------------------------------------------------------------------
 
     def dataset(self, ctx: Context[DomainStudioConfig]) -> Any:
-        """Loads the model and the images, and generates those of the class that are missing."""
+        """Loads the model and the images."""
         config, name = self.config, str(self.config.pretrained_model_name_or_path)
         self.data = data = image_dataset(config, ctx.accelerator.is_main_process)
         require(
@@ -143,46 +151,56 @@ class DomainStudioRecipe(Recipe[DomainStudioConfig]):
             self.model = TextModel(name, prompts, config.rank if config.use_lora else None)
         else:
             self.model = UnconditionalModel(name)
-        self._check_size()
-        if not config.prior:
-            return data
-        folder = str(config.class_data_dir)
-        if ctx.accelerator.is_main_process:
-            pipe = self.model.pipe.to(ctx.accelerator.device)  # type: ignore[union-attr]
-            arguments = (config.num_class_images, config.train_batch_size, config.seed)
-            class_images(pipe, str(config.class_prompt), folder, *arguments)
-        ctx.accelerator.wait_for_everyone()
-        options = {"resolution": config.resolution, "center_crop": config.center_crop, "channels": config.channels}
-        return PairedDataset(data, load_images(train_data_dir=folder, random_flip=config.random_flip, **options))
-
-    def _check_size(self) -> None:
-        config, vae = self.config, self.model.vae
-        unet: Any = self.model.unet.config
-        name = config.pretrained_model_name_or_path
-        factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-        size = unet.sample_size if isinstance(unet.sample_size, int) else unet.sample_size[0]
-        accepted = f"{factor * size}, the size of the images of {name!r}"
-        require(config.resolution == factor * size, "resolution", config.resolution, accepted)
-        channels = unet.in_channels if vae is None else vae.config.in_channels
-        require(config.channels == channels, "channels", config.channels, f"{channels}, as {name!r} takes")
-        if unet.out_channels != unet.in_channels:
-            raise ValueError(
-                f"`pretrained_model_name_or_path` must be a model that does not learn its variance, got {name!r} with "
-                f"{unet.out_channels} output channels for {unet.in_channels}."
-            )
+        check_image_size(self.model.unet, self.model.vae, config.resolution, config.channels)
+        self.pairs = PairedDataset(data) if config.prior else None
+        return data if self.pairs is None else self.pairs
 
     def setup(self, ctx: Context[DomainStudioConfig]) -> Modules:
-        """Hands over the network to adapt, and keeps the source where a loss needs it."""
+        """Hands over the network to adapt, with the source and images of the class where a loss needs them."""
+        config: DomainStudioConfig = self.config
         model: Any = self.model
         scheduler = model.training_scheduler
         length = scheduler.config.num_train_timesteps
-        self.losses = self.config.make_loss()
+        self.losses = losses = config.make_loss()
+        kept = config.max_pair_timestep
+        accepted = f"in 0..{length - 1}, the model's timesteps, or left out"
+        require(kept is None or kept < length, "max_pair_timestep", kept, accepted)
+        latent = config.similarity_space == "latent"
+        require(not latent or model.vae is not None, "similarity_space", "latent", "'pixel' for a model of pixels")
+        size = model.unet.config.sample_size if latent else config.resolution
+        high = losses.weights["hf_pair_weight"] or losses.weights["hf_mse_weight"]
+        require(
+            not high or size % 2 == 0, "resolution", config.resolution, "such that high frequencies' halves are whole"
+        )
+        if config.num_validation_images:
+            check_inference_steps(model.scheduler, "validation_inference_steps", config.validation_inference_steps)
         flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
         self.objective = FlowMatching(length) if flow else EpsX0V(scheduler)
         self.timesteps = UniformTimesteps(None if flow else length)
-        if self.losses.pairs and self.config.source == "frozen":
+        if self.pairs is not None:
+            self.pairs.classes = self._class_images(ctx)
+        if losses.pairs and config.source == "frozen":
             model.add_source()
         return Modules(model.unet, model.scheduler, model.frozen)
+
+    def _class_images(self, ctx: Context[DomainStudioConfig]) -> Any:
+        """Generates the images of the class that are missing, and loads all of them."""
+        config, main = self.config, ctx.accelerator.is_main_process
+        if main:
+            pipe = self.model.pipe.to(ctx.accelerator.device)  # type: ignore[union-attr]
+            arguments = (config.num_class_images, config.train_batch_size, config.seed)
+            class_images(pipe, str(config.class_prompt), str(config.class_data_dir), *arguments)
+        ctx.accelerator.wait_for_everyone()
+        data: Any = load_images(
+            train_data_dir=config.class_data_dir,
+            resolution=config.resolution,
+            center_crop=config.center_crop,
+            random_flip=config.random_flip,
+            channels=config.channels,
+        )
+        if main:
+            data.verify()
+        return data
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -270,7 +288,9 @@ class DomainStudioRecipe(Recipe[DomainStudioConfig]):
                 source = self.compared(self.objective.predicted_sample(predicted, noisy[:n], t[:n]))
         in_pixels = self.model.vae is None or self.config.similarity_space == "pixel"
         target = pixels if in_pixels else x0
-        terms = losses(adapted, source, target, snr=self.objective.snr(t[:n]), timesteps=t[:n])
+        terms = losses(
+            adapted, source, target, snr=self.objective.snr(t[:n]), timesteps=self.objective.model_timesteps(t[:n])
+        )
         return dict(terms)
 
     # -- results ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 
 from diffusers_ext.generation.text import encode
-from diffusers_ext.training.pretrained import loaded
+from diffusers_ext.training.pretrained import check_schedule, loaded
 from diffusers_ext.training.recipe import Context, Modules
 
 __all__ = ["TextModel"]
@@ -47,7 +47,14 @@ class TextModel:
                 f"{name!r}, a {type(self.pipe).__name__}."
             )
         self.unet, self.vae, self.rank, self.prompts = unet, self.pipe.vae, rank, prompts
+        if unet.config["out_channels"] != unet.config["in_channels"]:
+            raise ValueError(
+                "`pretrained_model_name_or_path` must be a model that takes noisy latents and nothing else and does "
+                f"not learn its variance, got {name!r} with {unet.config['in_channels']} input and "
+                f"{unet.config['out_channels']} output channels."
+            )
         self.scheduler = self.pipe.scheduler
+        check_schedule(self.scheduler, name, flow=False)
         self.training_scheduler: Any = DDPMScheduler.from_config(self.scheduler.config)
         self.frozen: dict[str, Any] = {"vae": self.vae, "text_encoder": encoder}
         self._text: dict[str, torch.Tensor] = {}

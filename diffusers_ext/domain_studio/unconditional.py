@@ -30,7 +30,7 @@ class UnconditionalModel:
         image_scale: what images or latents are multiplied by.
 
     Raises:
-        ValueError: it cannot be loaded, is class-conditional, or learns its variance.
+        ValueError: it cannot be loaded, or is class-conditional.
     """
 
     def __init__(self, name: str) -> None:

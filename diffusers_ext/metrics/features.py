@@ -225,14 +225,14 @@ def feature_extractor(name: str, device: torch.device | str | None = None) -> Ca
     kind, _, repo = name.partition(":")
     if name == "pixels":
         return lambda images: images.flatten(1)
-    if name == "inception":
-        return inception_features(device, differentiable=True)
     try:
+        if name == "inception":
+            return inception_features(device, differentiable=True)
         if kind == "clip" and repo:
             return clip_features(repo, device)
         if kind == "classifier" and repo:
             network: Any = ImageClassifierFeatures.from_pretrained(repo).requires_grad_(False).eval()
             return network.to("cpu" if device is None else device).features
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise ValueError(f"`features` must name a model that loads, got {name!r}: {error}") from error
     raise ValueError(f"`features` must be 'pixels', 'inception', 'clip:REPO' or 'classifier:REPO', got {name!r}.")

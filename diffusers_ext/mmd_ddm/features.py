@@ -52,6 +52,45 @@ class FeatureSpace:
         self.widths = [part.shape[1] for part in parts]
         return self.standardised(torch.cat(parts, 1))
 
+    def check(self, images: torch.Tensor) -> list[list[float]]:
+        """Tries every extractor on real images.
+
+        Args:
+            images: `(batch >= 1, channels, height, width)` in `[-1, 1]`.
+
+        Returns:
+            For every extractor, its number of features and the sum of each image's, to five digits: enough to tell it
+            from another.
+
+        Raises:
+            ValueError: one gives another shape, numbers that are not finite, no gradient, or features of an image that
+                depend on the batch or on chance.
+        """
+        found = []
+        for i, extractor in enumerate(self.extractors):
+            space = FeatureSpace([extractor])
+            with torch.enable_grad():
+                tracked = images.detach().requires_grad_()
+                features = space(tracked)
+            if not torch.isfinite(features).all():
+                raise ValueError(f"`features` must be finite, got NaN or infinity from extractor {i} for real images.")
+            if (
+                not features.requires_grad
+                or torch.autograd.grad(features.sum(), tracked, allow_unused=True)[0] is None
+            ):
+                raise ValueError(f"`features` must be differentiable, got no gradient through extractor {i}.")
+            features = features.detach()
+            with torch.no_grad():
+                apart = (space(images[:1]) - features[:1]).abs().max()
+            if apart > 1e-3 * features.abs().max():
+                raise ValueError(
+                    "`features` must give an image the same features alone, in a batch and every time, got a "
+                    f"difference of {float(apart):.3g} from extractor {i}; put its network into evaluation mode."
+                )
+            sums = features.double().sum(1).tolist()
+            found.append([features.shape[1], *(float(f"{value:.5g}") for value in sums)])
+        return found
+
     def fit(self, features: torch.Tensor) -> None:
         """Standardises from now on by mean and deviation of real features.
 

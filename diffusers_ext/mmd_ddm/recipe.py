@@ -20,10 +20,11 @@ from diffusers_ext.metrics.features import feature_extractor
 from diffusers_ext.metrics.kernel import mmd2
 from diffusers_ext.training.config import described, require
 from diffusers_ext.training.images import ImageConfig, image_dataset
-from diffusers_ext.training.pretrained import Denoiser, load_denoiser
+from diffusers_ext.training.pretrained import Denoiser, check_image_size, load_denoiser
 from diffusers_ext.training.recipe import Context, Modules, Recipe, StepOutput
 
-from .chain import check_chain, clamped, differentiable_sample
+from .chain import clamped, differentiable_sample
+from .checks import check_chain
 from .features import FeatureSpace
 from .replay import gathered, replayed_loss
 
@@ -79,6 +80,12 @@ class MMDDDMConfig(ImageConfig):
         require(self.num_inference_steps >= 1, "num_inference_steps", self.num_inference_steps, "an integer >= 1")
         require(self.degree >= 1, "degree", self.degree, "an integer >= 1")
         require(self.gamma is None or self.gamma > 0, "gamma", self.gamma, "a number > 0")
+        kernel = self.kernel
+        require(
+            self.degree == 3 or kernel == "polynomial", "degree", self.degree, f"left out with the {kernel} kernel"
+        )
+        unused = self.gamma is not None and kernel == "rational_quadratic"
+        require(not unused, "gamma", self.gamma, f"left out with the {kernel} kernel")
 
     def make_scheduler(self, pretrained: Any) -> Any:
         """Makes the scheduler to tune for, with the noise schedule of the pretrained model's.
@@ -138,7 +145,7 @@ class MMDDDMRecipe(Recipe[MMDDDMConfig]):
     # -- data and modules ------------------------------------------------------------------------------------------
 
     def dataset(self, ctx: Context[MMDDDMConfig]) -> Any:
-        """Loads the model and the images, and computes the real features."""
+        """Loads the model, the images and the extractors, and tries all of them."""
         config, device = self.config, ctx.accelerator.device
         # Recomputed calls would start the gradient exchange of `DistributedDataParallel` anew amid a backward pass.
         require(
@@ -148,32 +155,29 @@ class MMDDDMRecipe(Recipe[MMDDDMConfig]):
             "'none' with several processes; `micro_batch_size` and `gradient_checkpointing` save memory there",
         )
         self.denoiser = denoiser = load_denoiser(str(config.pretrained_model_name_or_path))
-        denoiser.check_size(config.resolution, config.channels)
+        check_image_size(denoiser.unet, denoiser.vae, config.resolution, config.channels)
         self.scheduler = config.make_scheduler(denoiser.scheduler)
         self.data = data = image_dataset(config, ctx.accelerator.is_main_process)
-        if denoiser.num_classes and not data.num_classes:
-            raise ValueError(
-                f"`label_column` must name a column of class labels for this model, got {config.label_column!r}; the "
-                f"data has {data.column_names}."
-            )
+        if denoiser.num_classes:
+            classes = denoiser.num_classes - (denoiser.null_class_label is not None)
+            accepted = f"a column of class labels, at most the model's {classes}; the data has {data.column_names}"
+            accepted += f" and {data.num_classes} classes" if data.num_classes else ""
+            require(1 <= data.num_classes <= classes, "label_column", config.label_column, accepted)
         names = [name.strip() for name in config.features.split(",")]
-        self.space = FeatureSpace(self._given or [feature_extractor(name, device) for name in names])
-        with torch.no_grad():
-            probe = self.space(data.get(0, torch.Generator().manual_seed(0))["pixel_values"][None].to(device))
+        given = self._given if self._given is not None else [feature_extractor(name, device) for name in names]
+        self.space = FeatureSpace(given)
+        some = range(0, len(data), -(-len(data) // 8))
+        images = [data.get(i, torch.Generator().manual_seed(i))["pixel_values"] for i in some]
+        probe = self.space.check(torch.stack(images).to(device))
         standardise = config.standardise_features
-        standardise = len(self.space.extractors) > 1 if standardise is None else standardise
+        self.standardise = len(self.space.extractors) > 1 if standardise is None else standardise
         cached = config.center_crop and not config.random_flip
-        if not (cached or standardise):
-            return data
-        keys = ("resolution", "channels", "max_train_samples", "dataset_name", "dataset_config_name", "train_data_dir")
-        keys = (*keys, "image_column", "label_column", "center_crop", "random_flip")
-        # The features of one image stand for the extractors, which may be any functions.
-        identity = {key: getattr(config, key) for key in keys} | {"features": probe.double().sum().item()}
-        real = PrecomputedDataset(data, config.output_dir, identity)
-        real.compute(lambda items: self._real(items, device), ctx.accelerator, config.train_batch_size)
-        if standardise:
-            self.space.fit(real.column("features"))
-        return real if cached else data
+        self.real = None
+        if cached or self.standardise:
+            # Features of some images stand for the extractors, which may be any functions.
+            identity = {key: getattr(config, key) for key in ("resolution", "channels", "center_crop", "random_flip")}
+            self.real = PrecomputedDataset(data, config.output_dir, identity | {"features": probe})
+        return self.real if cached else data
 
     @torch.no_grad()
     def _real(self, items: list[dict[str, Any]], device: torch.device) -> dict[str, torch.Tensor]:
@@ -184,7 +188,12 @@ class MMDDDMRecipe(Recipe[MMDDDMConfig]):
         return found
 
     def setup(self, ctx: Context[MMDDDMConfig]) -> Modules:
-        """Hands over the modules that `dataset` has loaded."""
+        """Computes the real features and hands over the modules that `dataset` has loaded."""
+        if self.real is not None:
+            device, batch = ctx.accelerator.device, self.config.train_batch_size
+            self.real.compute(lambda items: self._real(items, device), ctx.accelerator, batch)
+            if self.standardise:
+                self.space.fit(self.real.column("features"))
         vae = self.denoiser.vae
         return Modules(self.denoiser.unet, self.scheduler, {} if vae is None else {"vae": vae})
 
@@ -212,6 +221,11 @@ class MMDDDMRecipe(Recipe[MMDDDMConfig]):
 
         def loss(generated: torch.Tensor) -> torch.Tensor:
             generated = gathered(generated, ctx.accelerator)
+            if not torch.isfinite(generated).all():
+                raise FloatingPointError(
+                    f"the features of generated images are not finite at step {ctx.step}; checkpoints up to here are "
+                    f"in {config.output_dir}. A lower `learning_rate` or `max_grad_norm` may help."
+                )
             value = mmd2(generated, real, config.kernel, **self._kernel_options()).float()
             # Each process has the gradient of its own images, and the engine averages where a sum is due.
             others = ctx.accelerator.num_processes - 1

@@ -151,9 +151,12 @@ class TrainConfig:
         """Finds out before training whether its result could be written and pushed.
 
         Raises:
-            ValueError: `output_dir` cannot be written, or there is no login to push with.
+            ValueError: `output_dir` cannot be written or is the source model's, or there is no login to push with.
         """
         folder = Path(self.output_dir)
+        source = getattr(self, "pretrained_model_name_or_path", None)
+        if source is not None and folder.exists() and Path(source).resolve() == folder.resolve():
+            raise ValueError(f"`output_dir` must be another folder than the source model's, got {self.output_dir!r}.")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):

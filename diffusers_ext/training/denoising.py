@@ -28,7 +28,7 @@ from .images import ImageConfig, image_dataset
 from .networks import make_network
 from .noise import NOISE_STRATEGIES, NoiseStrategy, make_noise, offset_noise
 from .objectives import EpsX0V, FlowMatching, Objective
-from .pretrained import load_denoiser, loaded
+from .pretrained import check_inference_steps, load_denoiser, loaded
 from .recipe import Context, Modules, Recipe, Sample, StepOutput
 from .timesteps import LogitNormalTimesteps, Timesteps, UniformTimesteps
 
@@ -158,11 +158,12 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
             logit_normal = config.timestep_sampling == "logit_normal"
             self.timesteps = LogitNormalTimesteps() if logit_normal else UniformTimesteps(None)
         else:
-            length, steps = schedule.num_train_timesteps, config.validation_inference_steps
-            require(steps <= length, "validation_inference_steps", steps, f"at most the schedule's {length} timesteps")
+            length = schedule.num_train_timesteps
             weighting = "none" if config.snr_gamma is None else "min_snr"
             self.objective = EpsX0V(scheduler, weighting, config.snr_gamma or 5.0)
             self.timesteps = UniformTimesteps(length)
+        if config.num_validation_images:
+            check_inference_steps(scheduler, "validation_inference_steps", config.validation_inference_steps)
         return Modules(unet, scheduler, {} if vae is None else {"vae": vae})
 
     def _pretrained(self, name: str) -> tuple[Any, Any, Any]:

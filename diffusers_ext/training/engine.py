@@ -33,7 +33,7 @@ from .config import TrainConfig, require
 from .recipe import Context, Modules, Recipe
 from .rng import StepRNG, mix
 from .signals import StopSignals
-from .weights import Ema, copy_full_, full_tensor
+from .weights import Ema, all_finite, copy_full_, full_tensor
 
 __all__ = ["TrainResult", "Trainer"]
 
@@ -130,7 +130,8 @@ class Trainer:
                 modules = self.ctx.modules
                 was_training = trainable.training
                 trainable.eval()
-                yield self.recipe.pipeline(Modules(trainable, modules.scheduler, modules.frozen))
+                with self._own_weights():
+                    yield self.recipe.pipeline(Modules(trainable, modules.scheduler, modules.frozen))
                 trainable.train(was_training)
             else:
                 yield None
@@ -169,15 +170,25 @@ class Trainer:
         self.dataset = self.recipe.dataset(ctx)
         self._plan()
         ctx.modules = modules = self.recipe.setup(ctx)
+        modules.trainable.float().train()
+        self._originals = self._saved_weights() if weight_dtype != torch.float32 else {}
         for module in modules.frozen.values():
             module.requires_grad_(False).eval().to(accelerator.device, weight_dtype)
-        modules.trainable.float().train()
         if config.gradient_checkpointing:
             modules.trainable.enable_gradient_checkpointing()
         sharding = (DistributedType.FSDP, DistributedType.DEEPSPEED)
         # A sharded module cannot be saved as it stands: an unsharded twin takes the gathered weights.
         self._twin = copy.deepcopy(modules.trainable) if accelerator.distributed_type in sharding else None
         self._prepare()
+
+    def _saved_weights(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Copies the weights of those frozen modules that the finished pipeline will hold."""
+        if not self.accelerator.is_main_process:
+            return {}
+        modules = self.ctx.modules
+        held = {id(component) for component in self.recipe.pipeline(modules).components.values()}
+        saved = {name: module for name, module in modules.frozen.items() if id(module) in held}
+        return {n: {k: v.to("cpu", copy=True) for k, v in m.state_dict().items()} for n, m in saved.items()}
 
     def _plan(self) -> None:
         """Fixes the number of updates and checks the arguments against the data."""
@@ -357,10 +368,7 @@ class Trainer:
         logs = dict(zip(sums, values, strict=True))
         self._last_loss = logs["loss"]
         if not math.isfinite(self._last_loss):
-            raise FloatingPointError(
-                f"the loss is {self._last_loss} at step {self.step}; checkpoints up to here are in "
-                f"{self.config.output_dir}. A lower `learning_rate` or `mixed_precision='bf16'` may help."
-            )
+            raise self._diverged(f"the loss is {self._last_loss}")
         logs["lr"] = float(self.lr_scheduler.get_last_lr()[0])
         logs["images_per_second"] = images_per_second
         for callback in self.callbacks:
@@ -369,13 +377,20 @@ class Trainer:
     # -- saving ----------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        sums = self._over_processes(self._sums)
+        # A checkpoint may push out the last good one: it is not written after a loss or an update went wrong.
+        if sums and not torch.isfinite(sums["loss"]):
+            raise self._diverged(f"the loss is {float(sums['loss'])}")
+        broken: Any = self.accelerator.reduce((~all_finite(self.parameters)).float(), "sum")
+        if broken:
+            raise self._diverged("weights are not finite")
         state = {
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
             "recipe": self.recipe.state_dict(),
             "loss": self._last_loss,
             # So that the first log after a resume is the mean over all its steps too.
-            "sums": {name: value.cpu() for name, value in self._over_processes(self._sums).items()},
+            "sums": {name: value.cpu() for name, value in sums.items()},
             "summed": self._summed,
         }
         path = save_checkpoint(
@@ -390,6 +405,24 @@ class Trainer:
         )
         for callback in self.callbacks:
             callback.on_save(self, path)
+
+    def _diverged(self, what: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"{what} at step {self.step}; checkpoints up to here are in {self.config.output_dir}. A lower "
+            "`learning_rate` or `mixed_precision='bf16'` may help."
+        )
+
+    @contextlib.contextmanager
+    def _own_weights(self) -> Iterator[None]:
+        """Holds frozen modules in their own precision for a while, with weights that training has rounded."""
+        modules = {name: self.ctx.modules.frozen[name] for name in self._originals}
+        for name, module in modules.items():
+            module.float().load_state_dict(self._originals[name])
+        try:
+            yield
+        finally:
+            for module in modules.values():
+                module.to(self.ctx.weight_dtype)
 
     @contextlib.contextmanager
     def _exported_weights(self) -> Iterator[Any]:
@@ -421,11 +454,13 @@ class Trainer:
         with self.exported_pipeline() as pipeline:
             if pipeline is None:
                 return
-            sample = None
-            if config.num_validation_images:
-                generator = torch.Generator().manual_seed(mix(config.seed, SAMPLE_PICTURE))
-                sample = image_grid(self.recipe.validate(pipeline, generator))
             card = self.recipe.card()
             card.arguments = config.to_dict()
             card.results = {"training loss": self._last_loss, "updates": self.step, **card.results}
-            self.recipe.save(pipeline, config.output_dir, card, sample)
+            sample = None
+            try:
+                if config.num_validation_images:
+                    generator = torch.Generator().manual_seed(mix(config.seed, SAMPLE_PICTURE))
+                    sample = image_grid(self.recipe.validate(pipeline, generator))
+            finally:  # a picture that cannot be drawn does not lose the weights
+                self.recipe.save(pipeline, config.output_dir, card, sample)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
+
+from diffusers_ext.generation.stepping import set_timesteps
 
 from .config import require
 
-__all__ = ["Denoiser", "load_denoiser", "loaded"]
+__all__ = ["Denoiser", "check_image_size", "check_inference_steps", "check_schedule", "load_denoiser", "loaded"]
 
 
 @dataclass
@@ -35,18 +37,75 @@ class Denoiser:
         """Number of classes that it distinguishes, the null label included; 0 without classes."""
         return self.unet.config.num_class_embeds or 0
 
-    def check_size(self, resolution: int, channels: int) -> None:
-        """Checks that images of a size are what it generates.
 
-        Raises:
-            ValueError: it generates others; the message names `resolution` or `channels`.
-        """
-        config = self.unet.config if self.vae is None else self.vae.config
-        factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
-        size = self.unet.config.sample_size
-        size = factor * (size if isinstance(size, int) else size[0])
-        require(resolution == size, "resolution", resolution, f"{size}, the size of the model's images")
-        require(channels == config.in_channels, "channels", channels, f"{config.in_channels}, as the model takes")
+def check_image_size(unet: Any, vae: Any, resolution: int, channels: int) -> None:
+    """Checks that a model generates images of a size.
+
+    Args:
+        unet: its network.
+        vae: its VAE, or `None` in pixel space.
+        resolution: height and width of the images.
+        channels: their channels.
+
+    Raises:
+        ValueError: it generates others; the message names `resolution`, `channels`, or the model's argument.
+    """
+    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    size = unet.config.sample_size
+    size = [size, size] if isinstance(size, int) else list(size or [])
+    if len(set(size)) != 1:
+        raise ValueError(
+            "`pretrained_model_name_or_path` must be a model of square images whose config says their size, got "
+            f"`sample_size` {unet.config.sample_size!r}."
+        )
+    accepted = f"{factor * size[0]}, the size of the model's images"
+    require(resolution == factor * size[0], "resolution", resolution, accepted)
+    expected = (unet if vae is None else vae).config.in_channels
+    require(channels == expected, "channels", channels, f"{expected}, as the model takes")
+
+
+def check_schedule(scheduler: Any, name: str, flow: bool = True) -> None:
+    """Checks that a scheduler tells how its model was trained, in a way that this package trains.
+
+    Args:
+        scheduler: the model's.
+        name: the model's, for the message.
+        flow: whether flow matching is accepted.
+
+    Raises:
+        ValueError: it does not; the message names `pretrained_model_name_or_path`.
+    """
+    if flow and isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return
+    kind = scheduler.config.get("prediction_type") if hasattr(scheduler, "alphas_cumprod") else None
+    kinds = ("epsilon", "sample", "v_prediction")
+    # What is predicted of pure noise, the noise itself, says nothing about the image.
+    blind = kind == "epsilon" and (
+        scheduler.config.get("rescale_betas_zero_snr") or scheduler.alphas_cumprod.min() == 0
+    )
+    if kind not in kinds or blind:
+        choice = " or a FlowMatchEulerDiscreteScheduler" if flow else ""
+        found = f"prediction_type {kind!r}" + (" on a schedule that ends at zero SNR" if blind else "")
+        raise ValueError(
+            "`pretrained_model_name_or_path` must have a scheduler with a variance-preserving schedule of betas and "
+            f"`prediction_type` in {list(kinds)} (not epsilon where it ends at zero SNR){choice}, got {name!r} with "
+            f"{type(scheduler).__name__} and {found}."
+        )
+
+
+def check_inference_steps(scheduler: Any, argument: str, steps: int) -> None:
+    """Checks that a scheduler makes a number of steps, so that this does not show after training only.
+
+    Raises:
+        ValueError: it does not; the message names the argument.
+    """
+    try:
+        set_timesteps(type(scheduler).from_config(scheduler.config), steps, "cpu")
+    except Exception as error:  # schedulers raise many kinds
+        raise ValueError(
+            f"`{argument}` must be a number of steps that {type(scheduler).__name__} takes as it is configured, got "
+            f"{steps!r}: {error}"
+        ) from error
 
 
 def loaded(argument: str, kind: Any, name: str) -> Any:
@@ -63,7 +122,7 @@ def load_denoiser(name: str) -> Denoiser:
     """Loads the parts of a pipeline with a `UNet2DModel`, of this package or of Diffusers.
 
     Raises:
-        ValueError: it cannot be loaded, or has another network; the message names `pretrained_model_name_or_path`.
+        ValueError: it cannot be loaded, or is of another kind; the message names `pretrained_model_name_or_path`.
     """
     pipeline = loaded("pretrained_model_name_or_path", DiffusionPipeline, name)
     unet: Any = getattr(pipeline, "unet", None)
@@ -72,6 +131,21 @@ def load_denoiser(name: str) -> Denoiser:
             f"`pretrained_model_name_or_path` must be a pipeline with a `UNet2DModel`, got {name!r} with "
             f"{type(unet).__name__}."
         )
+    vae, used = getattr(pipeline, "vae", None), ("unet", "scheduler", "vae")
+    others = sorted(key for key, part in pipeline.components.items() if part is not None and key not in used)
+    if others or not isinstance(vae, AutoencoderKL | None):
+        found = f"{others} beside them" if others else f"a {type(vae).__name__}"
+        raise ValueError(
+            "`pretrained_model_name_or_path` must consist of a `unet`, a `scheduler` and perhaps an `AutoencoderKL` "
+            f"as `vae`, got {name!r} with {found}."
+        )
+    if unet.config["class_embed_type"] is not None or unet.config["out_channels"] != unet.config["in_channels"]:
+        raise ValueError(
+            "`pretrained_model_name_or_path` must be a model that does not learn its variance and whose labels, if "
+            f"any, are classes, got {name!r} with `class_embed_type` {unet.config['class_embed_type']!r} and "
+            f"{unet.config['out_channels']} output channels for {unet.config['in_channels']}."
+        )
+    check_schedule(pipeline.scheduler, name)  # type: ignore[attr-defined]
     config = pipeline.config
     scale, null = getattr(config, "image_scale", 1.0), getattr(config, "null_class_label", None)
-    return Denoiser(unet, getattr(pipeline, "scheduler", None), getattr(pipeline, "vae", None), scale, null)
+    return Denoiser(unet, pipeline.scheduler, vae, scale, null)  # type: ignore[attr-defined]

@@ -8,12 +8,19 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-__all__ = ["Ema", "copy_full_", "full_tensor"]
+__all__ = ["Ema", "all_finite", "copy_full_", "full_tensor"]
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the whole tensor, gathered from all processes if it is sharded (then all of them must call this)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def all_finite(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Returns whether all numbers are finite, as a bool tensor; of sharded tensors this process's own shard counts."""
+    local = (p.to_local() if isinstance(p, DTensor) else p for p in parameters)
+    return torch.stack([torch.isfinite(p).all() for p in local]).all()
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """DomainStudio's recipe: plain training at weight 0, the frozen source, prior images, LoRA, repos, and refusals."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,7 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LDMPipeline,
+    UNet2DModel,
+    VQModel,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -49,6 +59,11 @@ def folder(tmp_path_factory):
     save_repo(ImageGenerationPipeline(network(num_class_embeds=3), DDIMScheduler()), folder / "classes")
     save_repo(ImageGenerationPipeline(network(out_channels=2), DDIMScheduler()), folder / "variance")
     stable_diffusion().save_pretrained(folder / "text")
+    save_repo(ImageGenerationPipeline(network(), DDPMScheduler(rescale_betas_zero_snr=True)), folder / "blind")
+    save_repo(ImageGenerationPipeline(network(), EDMEulerScheduler()), folder / "karras")
+    save_repo(ImageGenerationPipeline(network(sample_size=(8, 16)), DDIMScheduler()), folder / "oblong")
+    vqvae = VQModel(in_channels=1, out_channels=1, block_out_channels=(4,), norm_num_groups=2, latent_channels=1)
+    LDMPipeline(vqvae, network(), DDIMScheduler()).save_pretrained(folder / "vq")
     return folder
 
 
@@ -218,7 +233,7 @@ def test_a_turned_off_lora_is_the_source(folder, tmp_path):
 def test_missing_images_of_the_class_are_generated_once(folder, tmp_path):
     values = text_config(folder, tmp_path / "out", class_data_dir=str(tmp_path / "class"), num_class_images=5)
     train(values)
-    files = sorted((tmp_path / "class").iterdir())
+    files = sorted((tmp_path / "class").glob("*.png"))
     assert [file.name for file in files] == [f"{i:05d}.png" for i in range(5)]
     kept = {file.name: file.read_bytes() for file in files}
     (tmp_path / "class" / "notes.txt").write_text("no image")
@@ -226,6 +241,8 @@ def test_missing_images_of_the_class_are_generated_once(folder, tmp_path):
     train(values)
     assert (tmp_path / "class" / "00003.png").read_bytes() == kept["00003.png"]
     assert len(list((tmp_path / "class").glob("*.png"))) == 5
+    with pytest.raises(ValueError, match="`class_data_dir` must be a folder without images of another class.*'a cat'"):
+        train(dataclasses.replace(values, class_prompt="a dog"))
 
 
 @pytest.mark.parametrize("changes", [
@@ -274,7 +291,7 @@ def test_the_script_makes_a_repo(folder, tmp_path):
         ({"train_data_dir": "one"}, "`train_data_dir` must be a folder of at least 2 images, not 1"),
         ({"train_batch_size": 2}, "`train_batch_size` must be an integer >= 3 with a pair loss"),
         ({"train_batch_size": 11}, "`train_batch_size` must be small enough"),
-        ({"resolution": 16}, "`resolution` must be 8, the size of the images of"),
+        ({"resolution": 16}, "`resolution` must be 8, the size of the model's images, got 16"),
         ({"channels": 3}, "`channels` must be 1, as"),
         ({"pair_weight": -1.0}, "`pair_weight` must be a number >= 0, got -1.0"),
         ({"prior_loss_weight": -1.0}, "`prior_loss_weight` must be a number >= 0, got -1.0"),
@@ -285,6 +302,20 @@ def test_the_script_makes_a_repo(folder, tmp_path):
         ({"pretrained_model_name_or_path": "classes"}, "must be a model without classes, got .* with 3"),
         ({"pretrained_model_name_or_path": "variance"}, "must be a model that does not learn its variance"),
         ({"pretrained_model_name_or_path": "text"}, "must be a pipeline with a `UNet2DModel`"),
+        ({"pretrained_model_name_or_path": "blind"}, "must have a scheduler .* got .*blind.* that ends at zero SNR"),
+        ({"pretrained_model_name_or_path": "karras"}, "must have a scheduler .* with EDMEulerScheduler"),
+        (
+            {"pretrained_model_name_or_path": "vq"},
+            r"must consist of a `unet`.* got .*vq' with \['vqvae'\] beside them",
+        ),
+        (
+            {"pretrained_model_name_or_path": "oblong"},
+            r"must be a model of square images.* got `sample_size` \[8, 16\]",
+        ),
+        ({"max_pair_timestep": -1}, "`max_pair_timestep` must be an integer >= 0 or left out, got -1"),
+        ({"max_pair_timestep": 1000}, r"`max_pair_timestep` must be in 0\.\.999, the model's timesteps.* got 1000"),
+        ({"similarity_space": "latent"}, "`similarity_space` must be 'pixel' for a model of pixels, got 'latent'"),
+        ({"validation_inference_steps": 1001}, "`validation_inference_steps` must be a number of steps that DDIMSch"),
     ],
 )
 def test_bad_arguments(folder, tmp_path, changes, message):
@@ -300,6 +331,50 @@ def test_a_model_without_text_has_no_prompts(folder, tmp_path):
         train(values)
     with pytest.raises(ValueError, match="`class_data_dir` must be given with `prior_loss_weight`"):
         text_config(folder, tmp_path, class_data_dir=None)
+    for inside in (folder / "photos" / "class", folder):
+        with pytest.raises(ValueError, match="`class_data_dir` must be apart from `train_data_dir`"):
+            text_config(folder, tmp_path, class_data_dir=str(inside))
+
+
+def test_nothing_is_generated_for_a_run_that_cannot_be(folder, tmp_path):
+    for changes in ({"train_batch_size": 7}, {"lr_scheduler": "linear", "lr_warmup_steps": 9}):
+        with pytest.raises(ValueError, match="`train_batch_size` must be small|`lr_warmup_steps` must be at most"):
+            train(text_config(folder, tmp_path / "out", class_data_dir=str(tmp_path / "class"), **changes))
+    assert not (tmp_path / "class").exists()
+
+
+def test_the_source_is_not_written_over(folder):
+    with pytest.raises(ValueError, match="`output_dir` must be another folder than the source model's"):
+        train(config(folder, folder / "base"))
+
+
+def test_the_limit_on_pairs_counts_in_the_network_s_timesteps(folder, tmp_path):
+    """A flow at 100 of 1000 is at noise level 0.1: with the limit below all levels no pair is left."""
+    logs = []
+
+    class Logs(Record):
+        def on_log(self, trainer, values):
+            logs.append(values["pair"])
+
+    for limit in (0, 999):
+        values = config(folder, tmp_path / str(limit), pretrained_model_name_or_path=str(folder / "flow"))
+        values = dataclasses.replace(values, max_pair_timestep=limit, max_train_steps=2, learning_rate=1e-2)
+        Trainer(values, DomainStudioRecipe(values), [Logs()]).train()
+    assert logs[:2] == [0, 0]
+    assert logs[3] > 0
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_text_in_half_precision_leaves_the_rest_of_the_pipeline_as_it_was(folder, tmp_path, lora):
+    values = text_config(folder, tmp_path, mixed_precision="bf16", use_lora=lora, validation_steps=2)
+    _, losses, trainer = train(values)
+    assert np.isfinite(losses).all()
+    assert trainer.recipe.model.vae.dtype == torch.bfloat16
+    assert (tmp_path / "sample.png").is_file()
+    for part in () if lora else ("vae", "text_encoder"):
+        file = next((folder / "text" / part).glob("*.safetensors")).name
+        before, after = (weights(path / part, file) for path in (folder / "text", tmp_path))
+        assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_push_wants_a_repo(tmp_path):

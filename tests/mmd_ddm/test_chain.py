@@ -4,21 +4,25 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMInverseScheduler,
     DDIMPipeline,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
+    RePaintScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
 
 from diffusers_ext import ImageGenerationPipeline, differentiable_sample
-from diffusers_ext.mmd_ddm.chain import check_chain, clamped
+from diffusers_ext.mmd_ddm.chain import clamped
+from diffusers_ext.mmd_ddm.checks import check_chain
 
 
 def ddim(**options):
@@ -162,6 +166,20 @@ def test_clamping():
         (HeunDiscreteScheduler(), "`scheduler` must make one network call a step, got HeunDiscreteScheduler with 9"),
         (DDIMScheduler(), "`scheduler.config.clip_sample` must be False"),
         (DDIMScheduler(clip_sample=False, thresholding=True), "`scheduler.config.thresholding` must be False"),
+        (DDIMInverseScheduler(clip_sample=False), "must bring noise to the image .* got DDIMInverseScheduler"),
+        (
+            EDMEulerScheduler(),
+            "`scheduler` must have a schedule of betas, or be a FlowMatchEulerDisc.*EDMEulerScheduler",
+        ),
+        (RePaintScheduler(clip_sample=False), "`scheduler` must step a sample from noise to an image, got RePaintSch"),
+        (
+            FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            "`num_inference_steps` must be a number of steps",
+        ),
+        (
+            ddim(timestep_spacing="linspace"),
+            "`timestep_spacing` must be 'leading' for 5 steps.*got 'linspace': it steps 200",
+        ),
     ],
 )
 def test_unfit_schedulers_are_refused(scheduler, message):

@@ -173,7 +173,7 @@ def test_real_features_are_computed_once_and_alike(folder, tmp_path):
     _, again, _ = train(config(folder, tmp_path / "cached"), [counted])  # the same features under another name
     assert files[0].stat().st_mtime_ns == written
     assert again == cached
-    assert calls == [1] + [8] * 3  # one image to know the extractor by, then generated ones only
+    assert calls == [8, 1] + [8] * 3  # eight images to try the extractor on, then generated ones only
     _, direct, _ = train(config(folder, tmp_path / "each", center_crop=False))  # read at every step
     assert direct == pytest.approx(cached, rel=1e-5)
     assert not list((tmp_path / "each").glob("precomputed-*"))
@@ -270,6 +270,12 @@ def test_the_script_makes_a_repo_that_remembers_its_steps(folder, tmp_path):
         ({"degree": 0}, "`degree` must be an integer >= 1, got 0"),
         ({"gamma": 0.0}, "`gamma` must be a number > 0"),
         ({"kernel": "cosine"}, "`kernel` must be one of"),
+        ({"degree": 2, "kernel": "rbf"}, "`degree` must be left out with the rbf kernel, got 2"),
+        ({"gamma": 0.1, "kernel": "rational_quadratic"}, "`gamma` must be left out with the rational_quadratic"),
+        ({"num_inference_steps": 10**9}, r"`num_inference_steps` must be an integer in 1\.\.1000"),
+        ({"scheduler": "DDIMInverseScheduler"}, "`scheduler` must bring noise to the image that an exact network pre"),
+        ({"scheduler": "EDMEulerScheduler"}, "`scheduler` must have a schedule of betas"),
+        ({"timestep_spacing": "linspace"}, "`timestep_spacing` must be 'leading' for 3 steps of DDIMScheduler"),
         ({"features": "vgg"}, "`features` must be 'pixels', 'inception', 'clip:REPO' or 'classifier:REPO', got 'vgg'"),
         ({"features": "classifier:/nowhere"}, "`features` must name a model that loads, got 'classifier:/nowhere'"),
         ({"resolution": 16}, "`resolution` must be 8, the size of the model's images, got 16"),
@@ -282,8 +288,18 @@ def test_bad_arguments(folder, tmp_path, changes, message):
 
 
 def test_features_that_do_not_fit_are_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"`features` must give \(1, features\) of 1 images, got \(1, 1, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"`features` must give \(8, features\) of 8 images, got \(8, 1, 8, 8\)"):
         train(config(folder, tmp_path), [lambda images: images])
+    for bad, message in (
+        (lambda images: images.flatten(1) / 0, "`features` must be finite, got NaN or infinity from extractor 1"),
+        (lambda images: images.flatten(1).detach(), "`features` must be differentiable, got no gradient through extr"),
+        (lambda images: images.flatten(1) + torch.rand(len(images), 1), "`features` must give an image the same"),
+        (torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Flatten()), "extractor 1; put its network into eval"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(config(folder, tmp_path), [lambda images: images.flatten(1), bad])
+    with pytest.raises(ValueError, match="`extractors` must hold at least one function, got none"):
+        train(config(folder, tmp_path), [])
     wide = ImageClassifierFeatures(sample_size=16, block_out_channels=(4,), feature_dim=6).eval()
     with pytest.raises(ValueError, match="`images` must have the shape"):
         train(config(folder, tmp_path / "b"), [wide.features])
@@ -294,5 +310,22 @@ def test_a_model_with_classes_wants_labels(folder, tmp_path):
         "pretrained_model_name_or_path": str(folder / "classes"),
         "train_data_dir": str(folder / "unlabelled.npz"),
     }
-    with pytest.raises(ValueError, match="`label_column` must name a column of class labels"):
+    with pytest.raises(ValueError, match="`label_column` must be a column of class labels, at most the model's 2"):
         train(config(folder, tmp_path, **changes))
+    np.savez(tmp_path / "three.npz", images=np.zeros((16, 8, 8), np.uint8), labels=np.arange(16) % 3)
+    changes["train_data_dir"] = str(tmp_path / "three.npz")
+    with pytest.raises(ValueError, match="`label_column` must be .* at most the model's 2; .* and 3 classes"):
+        train(config(folder, tmp_path, **changes))
+
+
+def test_divergence_is_no_argument_error(folder, tmp_path):
+    with pytest.raises(FloatingPointError, match="features of generated images are not finite at step 1"):
+        train(config(folder, tmp_path, learning_rate=1e30, max_grad_norm=1e30, checkpointing_steps=1))
+
+
+def test_changed_data_have_other_features(folder, tmp_path):
+    data = str(tmp_path / "data.npz")
+    for value in (30, 60):
+        np.savez(data, images=np.full((16, 8, 8), value, np.uint8))
+        train(config(folder, tmp_path / "out", train_data_dir=data, max_train_steps=1))
+    assert len(list((tmp_path / "out").glob("precomputed-*"))) == 2

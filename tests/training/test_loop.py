@@ -180,7 +180,10 @@ def test_latent_training_scales_as_the_vae_says(data, tmp_path):
 
 def test_bf16_keeps_trained_weights_in_fp32_and_frozen_ones_in_bf16(data, tmp_path):
     make_vae().save_pretrained(tmp_path / "vae")
-    _, record, trainer = run(data, tmp_path / "out", vae=str(tmp_path / "vae"), mixed_precision="bf16")
+    changes = {"vae": str(tmp_path / "vae"), "mixed_precision": "bf16", "validation_steps": 3}
+    _, record, trainer = run(data, tmp_path / "out", **changes)
+    saved = DiffusionPipeline.from_pretrained(tmp_path / "out").vae.state_dict()  # as it was, not as it was rounded
+    assert all(torch.equal(saved[name], value) for name, value in make_vae().state_dict().items())
     assert {p.dtype for p in trainer.ctx.modules.frozen["vae"].parameters()} == {torch.bfloat16}
     assert {p.dtype for p in trainer.ctx.modules.trainable.parameters()} == {torch.float32}
     assert {value.dtype for value in weights(tmp_path / "out").values()} == {torch.float32}
@@ -236,3 +239,32 @@ def test_fine_tuning_starts_from_the_pretrained_weights(data, tmp_path):
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
     for name in first:
         torch.testing.assert_close(first[name], second[name], atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("where", ["loss", "weights"])
+def test_no_checkpoint_is_written_of_what_is_not_finite(data, tmp_path, where):
+    class Broken(ImmiscibleRecipe):
+        def training_step(self, batch, ctx):
+            output = super().training_step(batch, ctx)
+            if ctx.step == 3 and where == "loss":
+                output.loss = output.loss * float("nan")
+            elif ctx.step == 3:  # the loss is finite, its gradient is not
+                output.loss.register_hook(lambda gradient: gradient * float("nan"))
+            return output
+
+    config = make_config(data, tmp_path, checkpointing_steps=2, checkpoints_total_limit=1, logging_steps=100)
+    with pytest.raises(FloatingPointError, match=f"{where}.* not finite at step 4|the loss is nan at step 4"):
+        Trainer(config, Broken(config)).train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_lose_the_weights(data, tmp_path):
+    class Blind(ImmiscibleRecipe):
+        def validate(self, pipeline, generator):
+            raise RuntimeError("no picture")
+
+    config = make_config(data, tmp_path)
+    with pytest.raises(RuntimeError, match="no picture"):
+        Trainer(config, Blind(config)).train()
+    assert DiffusionPipeline.from_pretrained(tmp_path).unet is not None
+    assert not (tmp_path / "sample.png").exists()
