@@ -25,6 +25,7 @@ from .losses import DomainStudioLoss
 from .prior import PairedDataset, class_images
 from .text import TextModel
 from .unconditional import UnconditionalModel
+from .variance import LearnedVariance
 
 __all__ = ["DomainStudioConfig", "DomainStudioRecipe"]
 
@@ -176,6 +177,7 @@ class DomainStudioRecipe(Recipe[DomainStudioConfig]):
             check_inference_steps(model.scheduler, "validation_inference_steps", config.validation_inference_steps)
         flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
         self.objective = FlowMatching(length) if flow else EpsX0V(scheduler)
+        self.variance = LearnedVariance(scheduler) if model.learned_variance else None
         self.timesteps = UniformTimesteps(None if flow else length)
         if self.pairs is not None:
             self.pairs.classes = self._class_images(ctx)
@@ -229,9 +231,14 @@ class DomainStudioRecipe(Recipe[DomainStudioConfig]):
             pixels = [batch["pixel_values"], batch["class_pixel_values"]] if config.prior else [batch["pixel_values"]]
             x0 = [self.encode(part, ctx) for part in pixels]
         noisy, target, t = self._noised(x0, ctx)
-        prediction = self._predict(noisy, t, halves, ctx)
+        output = self._predict(noisy, t, halves, ctx)
+        prediction = output[:, : noisy.shape[1]]
         loss = self.objective.loss(prediction[:n], target[:n], t[:n])
         logs = {"denoising": loss}
+        if self.variance is not None:
+            estimate = self.objective.predicted_sample(prediction, noisy, t)
+            logs["vlb"] = self.variance.bound(x0[0], noisy, t, estimate, output[:, noisy.shape[1] :]).mean()
+            loss = loss + logs["vlb"]
         if config.prior and config.prior_loss_weight:
             prior = self.objective.loss(prediction[n:], target[n:], t[n:])
             loss, logs["prior"] = loss + config.prior_loss_weight * prior, prior
@@ -241,7 +248,7 @@ class DomainStudioRecipe(Recipe[DomainStudioConfig]):
         terms = self._terms(prediction, noisy, t, x0[0], batch["pixel_values"], ctx)
         for value in terms.values():
             loss = loss + value
-        return StepOutput(loss, {**logs, **terms} if terms or config.prior else {})
+        return StepOutput(loss, {**logs, **terms} if len(logs) + len(terms) > 1 else {})
 
     def _noised(
         self, x0: list[torch.Tensor], ctx: Context[DomainStudioConfig], shared: bool = False

@@ -34,7 +34,7 @@ class TextModel:
         ValueError: it cannot be loaded or is no Stable Diffusion with one text encoder, or peft is missing.
     """
 
-    image_scale = 1.0
+    image_scale, learned_variance = 1.0, False
 
     def __init__(self, name: str, prompts: dict[str, str], rank: int | None) -> None:
         self.pipe: Any = loaded("pretrained_model_name_or_path", DiffusionPipeline, name)

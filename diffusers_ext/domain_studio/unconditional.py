@@ -28,21 +28,24 @@ class UnconditionalModel:
         frozen: further modules by name.
         vae: the VAE, or `None`.
         image_scale: what images or latents are multiplied by.
+        learned_variance: whether the network's output has the variance behind the prediction.
 
     Raises:
         ValueError: it cannot be loaded, or is class-conditional.
     """
 
     def __init__(self, name: str) -> None:
-        self.denoiser = denoiser = load_denoiser(name)
+        self.denoiser = denoiser = load_denoiser(name, learned_variance=True)
         if denoiser.num_classes:
             raise ValueError(
                 f"`pretrained_model_name_or_path` must be a model without classes, got {name!r} with "
                 f"{denoiser.num_classes}."
             )
         self.unet, self.vae, self.image_scale = denoiser.unet, denoiser.vae, denoiser.image_scale
-        flow = isinstance(denoiser.scheduler, FlowMatchEulerDiscreteScheduler)
-        self.scheduler: Any = denoiser.scheduler if flow else DDIMScheduler.from_config(denoiser.scheduler.config)
+        scheduler, channels = denoiser.scheduler, self.unet.config.in_channels
+        self.learned_variance = self.unet.config.out_channels != channels
+        kept = self.learned_variance or isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        self.scheduler: Any = scheduler if kept else DDIMScheduler.from_config(scheduler.config)
         self.training_scheduler = self.scheduler
         self.frozen: dict[str, Any] = {} if self.vae is None else {"vae": self.vae}
 
@@ -58,7 +61,7 @@ class UnconditionalModel:
         """Returns the source's prediction, without gradient."""
         unet = ctx.modules.frozen["source"]
         with torch.no_grad():
-            return unet(noisy.to(unet.dtype), t, return_dict=False)[0].float()
+            return unet(noisy.to(unet.dtype), t, return_dict=False)[0][:, : noisy.shape[1]].float()
 
     def pipeline(self, modules: Modules) -> ImageGenerationPipeline:
         """Returns the pipeline of the adapted network."""

@@ -268,6 +268,14 @@ class ImageGenerationPipeline(SafePipeline):
         self, sample: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
     ) -> torch.Tensor:
         sample = scaled_input(self.scheduler, sample, t)
+        prediction = self._network(sample, t, labels, guidance_scale)
+        # Few schedulers know what to do with a learned variance behind the prediction.
+        learned = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
+        return prediction if learned else prediction[:, : sample.shape[1]]
+
+    def _network(
+        self, sample: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
+    ) -> torch.Tensor:
         if labels is None or guidance_scale == 1.0:
             return self.unet(sample, t, class_labels=labels, return_dict=False)[0]
         both = torch.cat([torch.full_like(labels, self.config["null_class_label"]), labels])

@@ -118,8 +118,12 @@ def loaded(argument: str, kind: Any, name: str) -> Any:
         ) from error
 
 
-def load_denoiser(name: str) -> Denoiser:
+def load_denoiser(name: str, learned_variance: bool = False) -> Denoiser:
     """Loads the parts of a pipeline with a `UNet2DModel`, of this package or of Diffusers.
+
+    Args:
+        name: Hub repo or folder.
+        learned_variance: accept a network of pixels whose output has the variance behind the prediction.
 
     Raises:
         ValueError: it cannot be loaded, or is of another kind; the message names `pretrained_model_name_or_path`.
@@ -139,13 +143,18 @@ def load_denoiser(name: str) -> Denoiser:
             "`pretrained_model_name_or_path` must consist of a `unet`, a `scheduler` and perhaps an `AutoencoderKL` "
             f"as `vae`, got {name!r} with {found}."
         )
-    if unet.config["class_embed_type"] is not None or unet.config["out_channels"] != unet.config["in_channels"]:
+    scale, inputs, outputs = (
+        pipeline.config.get("image_scale", 1.0),
+        unet.config["in_channels"],
+        unet.config["out_channels"],
+    )
+    discrete = hasattr(pipeline.scheduler, "alphas_cumprod")  # type: ignore[attr-defined]
+    both = learned_variance and discrete and vae is None and scale == 1 and outputs == 2 * inputs
+    if unet.config["class_embed_type"] is not None or not (outputs == inputs or both):
         raise ValueError(
             "`pretrained_model_name_or_path` must be a model that does not learn its variance and whose labels, if "
             f"any, are classes, got {name!r} with `class_embed_type` {unet.config['class_embed_type']!r} and "
-            f"{unet.config['out_channels']} output channels for {unet.config['in_channels']}."
+            f"{outputs} output channels for {inputs}."
         )
     check_schedule(pipeline.scheduler, name)  # type: ignore[attr-defined]
-    config = pipeline.config
-    scale, null = getattr(config, "image_scale", 1.0), getattr(config, "null_class_label", None)
-    return Denoiser(unet, pipeline.scheduler, vae, scale, null)  # type: ignore[attr-defined]
+    return Denoiser(unet, pipeline.scheduler, vae, scale, pipeline.config.get("null_class_label"))  # type: ignore[attr-defined]

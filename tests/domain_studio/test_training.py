@@ -57,7 +57,6 @@ def folder(tmp_path_factory):
     save_repo(ImageGenerationPipeline(network(), DDPMScheduler(), image_scale=2.0), folder / "base")
     save_repo(ImageGenerationPipeline(network(), FlowMatchEulerDiscreteScheduler()), folder / "flow")
     save_repo(ImageGenerationPipeline(network(num_class_embeds=3), DDIMScheduler()), folder / "classes")
-    save_repo(ImageGenerationPipeline(network(out_channels=2), DDIMScheduler()), folder / "variance")
     stable_diffusion().save_pretrained(folder / "text")
     save_repo(ImageGenerationPipeline(network(), DDPMScheduler(rescale_betas_zero_snr=True)), folder / "blind")
     save_repo(ImageGenerationPipeline(network(), EDMEulerScheduler()), folder / "karras")
@@ -300,7 +299,6 @@ def test_the_script_makes_a_repo(folder, tmp_path):
         ({"class_prompt": "a cat"}, "`class_prompt` must be left out without `instance_prompt`"),
         ({"instance_prompt": "a red cat"}, "`class_prompt` must be given with `instance_prompt`"),
         ({"pretrained_model_name_or_path": "classes"}, "must be a model without classes, got .* with 3"),
-        ({"pretrained_model_name_or_path": "variance"}, "must be a model that does not learn its variance"),
         ({"pretrained_model_name_or_path": "text"}, "must be a pipeline with a `UNet2DModel`"),
         ({"pretrained_model_name_or_path": "blind"}, "must have a scheduler .* got .*blind.* that ends at zero SNR"),
         ({"pretrained_model_name_or_path": "karras"}, "must have a scheduler .* with EDMEulerScheduler"),

@@ -46,6 +46,7 @@ def folder(tmp_path_factory):
     classes = network(num_class_embeds=2)
     save_repo(ImageGenerationPipeline(classes, DDIMScheduler()), folder / "classes")
     save_repo(ImageGenerationPipeline(network(), FlowMatchEulerDiscreteScheduler()), folder / "flow")
+    save_repo(ImageGenerationPipeline(network(out_channels=2), DDIMScheduler()), folder / "variance")
     ImageClassifierFeatures(sample_size=8, block_out_channels=(4,), feature_dim=6).save_pretrained(folder / "phi")
     return folder
 
@@ -298,6 +299,8 @@ def test_features_that_do_not_fit_are_refused(folder, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             train(config(folder, tmp_path), [lambda images: images.flatten(1), bad])
+    with pytest.raises(ValueError, match="must be a model that does not learn its variance.* 2 output channels for 1"):
+        train(config(folder, tmp_path, pretrained_model_name_or_path=str(folder / "variance")))
     with pytest.raises(ValueError, match="`extractors` must hold at least one function, got none"):
         train(config(folder, tmp_path), [])
     wide = ImageClassifierFeatures(sample_size=16, block_out_channels=(4,), feature_dim=6).eval()
