@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -94,6 +95,12 @@ def _check_grid(scheduler: Any, steps: int) -> None:
     fresh: Any = DDIMScheduler.from_config(scheduler.config)
     fresh.set_timesteps(steps)
     down = scheduler.config["num_train_timesteps"] // steps
+    if fresh.timesteps[0] == 0:
+        warnings.warn(
+            "the grid of one 'leading' step is timestep 0, though sampling starts from pure noise; "
+            "`timestep_spacing='trailing'` starts at the other end.",
+            stacklevel=2,
+        )
     gaps = fresh.timesteps[:-1] - fresh.timesteps[1:]
     if len(gaps) and (gaps - down).abs().max() > 0.1 * down:
         raise ValueError(

@@ -187,6 +187,12 @@ def test_unfit_schedulers_are_refused(scheduler, message):
         check_chain(scheduler, 5)
 
 
+def test_one_step_at_the_wrong_end_is_warned_about():
+    with pytest.warns(UserWarning, match="the grid of one 'leading' step is timestep 0"):
+        check_chain(ddim(), 1)
+    check_chain(ddim(timestep_spacing="trailing"), 1)
+
+
 def test_a_scheduler_that_stops_gradients_is_refused():
     class Detached(DDIMScheduler):
         def step(self, *args, **kwargs):
