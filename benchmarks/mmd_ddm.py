@@ -72,7 +72,7 @@ def samples(name, seed, model):
         untuned = model.startswith("untuned")
         folder = small_models.base(name, seed) if untuned else tuned(name, seed, int(model.split()[-1]))
         pipeline = ImageGenerationPipeline.from_pretrained(folder)
-        pipeline.register_to_config(tuned_inference_steps=None)  # other numbers of steps are on purpose here
+        pipeline.register_to_config(tuned_timesteps=None)  # others are on purpose here
         pipeline.scheduler = DDIMScheduler.from_config(
             pipeline.scheduler.config, timestep_spacing="leading", clip_sample=model == "untuned clipped"
         )

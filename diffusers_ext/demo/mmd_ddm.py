@@ -28,7 +28,7 @@ def mmd_ddm(output_dir: Path) -> Path:
     base: Any = DiffusionPipeline.from_pretrained(ASSETS / "digits16-base", scheduler=tuned.scheduler)
     data: Any = load_images(train_data_dir=str(DIGITS), resolution=16, channels=1)
     images = {"real digits": torch.stack([data[i]["pixel_values"] for i in range(len(data))])}
-    steps = tuned.config["tuned_inference_steps"]
+    steps = len(tuned.config["tuned_timesteps"])
     noise = torch.randn(COUNT, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     for title, pipeline in (("before", base), ("after", tuned)):
         pipeline.set_progress_bar_config(desc=title)

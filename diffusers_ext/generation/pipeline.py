@@ -32,8 +32,8 @@ class ImageGenerationPipeline(SafePipeline):
         vae: `AutoencoderKL` if `unet` works on latents.
         image_scale: what pixels (or scaled latents) were multiplied by in training; samples are divided by it.
         null_class_label: the label that stands for "no class", needed for guidance.
-        tuned_inference_steps: the number of steps, without `eta` or `sigmas`, that the UNet was tuned for and is good
-            at. It becomes the default, and a call that departs from it gets a warning.
+        tuned_timesteps: the timesteps, without `eta`, that the UNet was tuned for and is good at. As many steps become
+            the default, and a call at other timesteps gets a warning.
 
     Example:
         >>> import torch
@@ -68,20 +68,18 @@ class ImageGenerationPipeline(SafePipeline):
         vae: AutoencoderKL | None = None,
         image_scale: float = 1.0,
         null_class_label: int | None = None,
-        tuned_inference_steps: int | None = None,
+        tuned_timesteps: list[float] | None = None,
     ) -> None:
         super().__init__()
         if not image_scale > 0:
             raise ValueError(f"`image_scale` must be a number > 0, got {image_scale!r}.")
-        if tuned_inference_steps is not None and tuned_inference_steps < 1:
-            raise ValueError(
-                f"`tuned_inference_steps` must be an integer >= 1 or left out, got {tuned_inference_steps!r}."
-            )
+        if tuned_timesteps is not None and not (isinstance(tuned_timesteps, list) and tuned_timesteps):
+            raise ValueError(f"`tuned_timesteps` must be a list of timesteps or left out, got {tuned_timesteps!r}.")
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         self.register_to_config(
             image_scale=image_scale,
             null_class_label=null_class_label,
-            tuned_inference_steps=tuned_inference_steps,
+            tuned_timesteps=tuned_timesteps,
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self._guidance_scale, self._guidance_rescale = 1.0, 0.0
@@ -214,9 +212,9 @@ class ImageGenerationPipeline(SafePipeline):
         Raises:
             ValueError: an argument is wrong or contradicts another.
         """
-        tuned = self.config["tuned_inference_steps"]
+        tuned: Any = self.config["tuned_timesteps"]
         if num_inference_steps is None:
-            num_inference_steps = int(50 if tuned is None else tuned)
+            num_inference_steps = 50 if tuned is None else len(tuned)
         labels = None
         if class_labels is not None:
             labels = torch.as_tensor([class_labels] if isinstance(class_labels, int) else class_labels)
@@ -231,18 +229,18 @@ class ImageGenerationPipeline(SafePipeline):
             output_type,
             callback_on_step_end_tensor_inputs,
         )
-        if tuned is not None and (num_inference_steps != tuned or eta or sigmas is not None):
-            warnings.warn(
-                f"this model was tuned for num_inference_steps={tuned} without `eta` or `sigmas` and is worse with "
-                f"others; got num_inference_steps={num_inference_steps}, eta={eta}, sigmas={sigmas}.",
-                stacklevel=3,  # past `torch.no_grad`
-            )
         device, dtype = self._execution_device, self.unet.dtype
         self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
         labels = None if labels is None else labels.to(device).expand(batch_size)
 
         timesteps = set_timesteps(self.scheduler, num_inference_steps, device, sigmas)
         self._num_timesteps = len(timesteps)
+        if tuned is not None and (eta or timesteps.tolist() != list(tuned)):
+            warnings.warn(
+                f"this model was tuned for num_inference_steps={len(tuned)} at the timesteps {list(tuned)} without "
+                f"`eta` and is worse at others; got {timesteps.tolist()} and eta={eta}.",
+                stacklevel=3,  # past `torch.no_grad`
+            )
         if latents is None:
             latents = randn_tensor(
                 (batch_size, *self._latent_shape()), generator=generator, device=device, dtype=dtype

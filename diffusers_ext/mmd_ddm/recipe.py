@@ -15,6 +15,7 @@ from PIL import Image
 from diffusers_ext.data.precomputed import PrecomputedDataset
 from diffusers_ext.generation.latents import decoded
 from diffusers_ext.generation.pipeline import ImageGenerationPipeline
+from diffusers_ext.generation.stepping import set_timesteps
 from diffusers_ext.hub.card import RepoCard
 from diffusers_ext.metrics.features import feature_extractor
 from diffusers_ext.metrics.kernel import mmd2
@@ -256,14 +257,14 @@ class MMDDDMRecipe(Recipe[MMDDDMConfig]):
     # -- results ---------------------------------------------------------------------------------------------------
 
     def pipeline(self, modules: Modules) -> ImageGenerationPipeline:
-        """Returns a pipeline that remembers the steps it was tuned for."""
+        """Returns a pipeline that remembers the timesteps it was tuned for."""
         return ImageGenerationPipeline(
             modules.trainable,
             modules.scheduler,
             modules.frozen.get("vae"),
             image_scale=self.denoiser.image_scale,
             null_class_label=self.denoiser.null_class_label,
-            tuned_inference_steps=self.config.num_inference_steps,
+            tuned_timesteps=set_timesteps(self.scheduler, self.config.num_inference_steps, "cpu").tolist(),
         )
 
     def validate(self, pipeline: DiffusionPipeline, generator: torch.Generator) -> list[Image.Image]:

@@ -224,7 +224,10 @@ import sys, warnings, diffusers_ext
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
 pipeline.set_progress_bar_config(disable=True)
-for arguments in ({}, {"num_inference_steps": 3}, {"num_inference_steps": 7}, {"eta": 0.5}):
+for arguments in ({}, {"num_inference_steps": 3}, {"num_inference_steps": 7}, {"eta": 0.5}, "grid"):
+    if arguments == "grid":
+        arguments, scheduler = {}, pipeline.scheduler
+        pipeline.scheduler = scheduler.from_config(scheduler.config, timestep_spacing="trailing")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         pipeline(**arguments)
@@ -240,7 +243,7 @@ def test_the_script_makes_a_repo_that_remembers_its_steps(folder, tmp_path):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     pipeline = DiffusionPipeline.from_pretrained(tmp_path)
-    assert pipeline.config["tuned_inference_steps"] == 3
+    assert list(pipeline.config["tuned_timesteps"]) == [666, 333, 0]
     assert pipeline.config["image_scale"] == 2.0
     assert isinstance(pipeline.scheduler, DDIMScheduler)
     saved = {k: pipeline.scheduler.config[k] for k in ("clip_sample", "timestep_spacing", "set_alpha_to_one")}
@@ -252,7 +255,10 @@ def test_the_script_makes_a_repo_that_remembers_its_steps(folder, tmp_path):
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert lines[:2] == ["3", "3"]
     assert lines[2].startswith("7 this model was tuned for num_inference_steps=3")
-    assert lines[3].startswith("3 this model was tuned for num_inference_steps=3")
+    assert lines[3].startswith(
+        "3 this model was tuned for num_inference_steps=3 at the timesteps [666, 333, 0] without"
+    )
+    assert lines[4].endswith("got [999, 666, 332] and eta=0.0.")
 
 
 @pytest.mark.parametrize(
