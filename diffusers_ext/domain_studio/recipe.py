@@ -158,32 +158,34 @@ class DomainStudioRecipe(Recipe[DomainStudioConfig]):
 
     def setup(self, ctx: Context[DomainStudioConfig]) -> Modules:
         """Hands over the network to adapt, with the source and images of the class where a loss needs them."""
-        config: DomainStudioConfig = self.config
+        self.losses = self.config.make_loss()
+        self._check_model()
         model: Any = self.model
         scheduler = model.training_scheduler
-        length = scheduler.config.num_train_timesteps
-        self.losses = losses = config.make_loss()
-        kept = config.max_pair_timestep
-        accepted = f"in 0..{length - 1}, the model's timesteps, or left out"
-        require(kept is None or kept < length, "max_pair_timestep", kept, accepted)
-        latent = config.similarity_space == "latent"
-        require(not latent or model.vae is not None, "similarity_space", "latent", "'pixel' for a model of pixels")
-        size = model.unet.config.sample_size if latent else config.resolution
-        high = losses.weights["hf_pair_weight"] or losses.weights["hf_mse_weight"]
-        require(
-            not high or size % 2 == 0, "resolution", config.resolution, "such that high frequencies' halves are whole"
-        )
-        if config.num_validation_images:
-            check_inference_steps(model.scheduler, "validation_inference_steps", config.validation_inference_steps)
-        flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        length, flow = scheduler.config.num_train_timesteps, isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
         self.objective = FlowMatching(length) if flow else EpsX0V(scheduler)
         self.variance = LearnedVariance(scheduler) if model.learned_variance else None
         self.timesteps = UniformTimesteps(None if flow else length)
         if self.pairs is not None:
             self.pairs.classes = self._class_images(ctx)
-        if losses.pairs and config.source == "frozen":
+        if self.losses.pairs and self.config.source == "frozen":
             model.add_source()
         return Modules(model.unet, model.scheduler, model.frozen)
+
+    def _check_model(self) -> None:
+        """Checks the arguments that depend on the model."""
+        config, model = self.config, self.model
+        length, kept = model.training_scheduler.config.num_train_timesteps, config.max_pair_timestep
+        accepted = f"in 0..{length - 1}, the model's timesteps, or left out"
+        require(kept is None or kept < length, "max_pair_timestep", kept, accepted)
+        space = config.similarity_space
+        require(space == "pixel" or model.vae is not None, "similarity_space", space, "'pixel' for a model of pixels")
+        size: Any = config.resolution if space == "pixel" else model.unet.config["sample_size"]
+        high = self.losses.weights["hf_pair_weight"] or self.losses.weights["hf_mse_weight"]
+        accepted = "of even images, whose blocks of 2x2 give the high frequencies, or these without weight"
+        require(not high or size % 2 == 0, "resolution", config.resolution, accepted)
+        if config.num_validation_images:
+            check_inference_steps(model.scheduler, "validation_inference_steps", config.validation_inference_steps)
 
     def _class_images(self, ctx: Context[DomainStudioConfig]) -> Any:
         """Generates the images of the class that are missing, and loads all of them."""

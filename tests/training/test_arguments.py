@@ -198,7 +198,10 @@ def test_bad_files_are_refused_before_training(tmp_path):
             {"unet_config": None, "pretrained_model_name_or_path": "/nowhere"},
             "`pretrained_model_name_or_path` must be",
         ),
-        ({"num_train_timesteps": 1}, "`validation_inference_steps` must be a number of steps that DDIMScheduler takes.*got 2"),
+        (
+            {"num_train_timesteps": 1},
+            "`validation_inference_steps` must be a number of steps that DDIMScheduler takes.*got 2",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             run(data, tmp_path / "out", **changes)
