@@ -68,7 +68,7 @@ class ImageGenerationPipeline(SafePipeline):
         vae: AutoencoderKL | None = None,
         image_scale: float = 1.0,
         null_class_label: int | None = None,
-        tuned_timesteps: list[float] | None = None,
+        tuned_timesteps: list[int] | list[float] | None = None,
     ) -> None:
         super().__init__()
         if not image_scale > 0:
