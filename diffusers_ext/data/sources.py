@@ -423,6 +423,10 @@ def _columns(
     classes = None
     if label_column is not None and label_column in features:
         feature = features[label_column]
+        if isinstance(rows, datasets.Dataset) and _type(feature).startswith(("int", "uint")):
+            bad = [label for label in rows[label_column] if label is None or label < 0]
+            if bad:
+                raise ValueError(f"`label_column` must hold labels >= 0, got {label_column!r} with {bad[0]!r}.")
         if isinstance(feature, datasets.ClassLabel):
             classes = list(feature.names)
         elif isinstance(rows, datasets.Dataset) and _type(feature).startswith(("int", "uint")):

@@ -192,8 +192,11 @@ class DomainStudioLoss:
             `pair`, `hf_pair` and `hf_mse`, those with a weight; add them up.
 
         Raises:
-            ValueError: sizes are odd, or the numbers of images differ.
+            ValueError: sizes are odd, or the shapes differ.
         """
+        if adapted.shape != target.shape or (source is not None and adapted.shape != source.shape):
+            found = [tuple(images.shape) for images in (source, target) if images is not None]
+            raise ValueError(f"`source` and `target` must have the shape {tuple(adapted.shape)}, got {found}.")
         terms, weights = {}, self.weights
         # Both losses on high frequencies take the adapted model's.
         needed = weights["hf_pair_weight"] or weights["hf_mse_weight"]

@@ -10,8 +10,11 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_ext.data.sources import SUFFIXES
+from diffusers_ext.training.rng import mix
 
 __all__ = ["PairedDataset", "class_images"]
+
+CLASS_IMAGE = 7
 
 
 class PairedDataset:
@@ -62,18 +65,22 @@ def class_images(
         found = note.read_text(encoding="utf-8")
         accepted = f"a folder without images of another class than {prompt!r}"
         raise ValueError(f"`class_data_dir` must be {accepted}, got {str(folder)!r} with images of {found!r}.")
-    present = sum(path.suffix.lower() in SUFFIXES for path in target.iterdir())
+    present = sum(path.suffix.lower() in SUFFIXES for path in target.rglob("*"))
     missing = [i for i in range(count) if not (target / f"{i:05d}.png").is_file()][: max(0, count - present)]
     if missing:
         note.write_text(prompt, encoding="utf-8")
     pipeline.set_progress_bar_config(disable=True)
+    # A safety checker would put black images among them.
+    checker, pipeline.safety_checker = pipeline.safety_checker, None
+    steps = min(20, pipeline.scheduler.config.num_train_timesteps)
     with tqdm(total=len(missing), desc="class images", unit="image", disable=not missing) as bar:
         for start in range(0, len(missing), batch_size):
             part = missing[start : start + batch_size]
-            generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in part]
-            images = pipeline([prompt] * len(part), num_inference_steps=20, generator=generators).images
+            generators = [torch.Generator().manual_seed(mix(seed, CLASS_IMAGE, i)) for i in part]
+            images = pipeline([prompt] * len(part), num_inference_steps=steps, generator=generators).images
             for i, image in zip(part, images, strict=True):
                 partial = target / f"{i:05d}.tmp"
                 image.save(partial, format="PNG")
                 os.replace(partial, target / f"{i:05d}.png")
                 bar.update()
+    pipeline.safety_checker = checker

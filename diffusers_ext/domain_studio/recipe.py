@@ -86,10 +86,14 @@ class DomainStudioConfig(ImageConfig):
         require(self.prior_loss_weight >= 0, "prior_loss_weight", self.prior_loss_weight, "a number >= 0")
         if self.text and self.prior and self.class_data_dir is None:
             raise ValueError("`class_data_dir` must be given with `prior_loss_weight` or `source='self'`.")
-        if self.class_data_dir is not None and self.train_data_dir is not None:
-            ours, theirs = Path(self.train_data_dir).resolve(), Path(self.class_data_dir).resolve()
-            apart = ours not in (theirs, *theirs.parents) and theirs not in ours.parents
-            require(apart, "class_data_dir", self.class_data_dir, f"apart from `train_data_dir`, {str(ours)!r}")
+        for name in ("train_data_dir", "output_dir"):
+            if self.class_data_dir is not None and getattr(self, name) is not None:
+                ours, theirs = Path(getattr(self, name)).resolve(), Path(self.class_data_dir).resolve()
+                apart = ours not in (theirs, *theirs.parents) and theirs not in ours.parents
+                require(apart, "class_data_dir", self.class_data_dir, f"apart from `{name}`, {str(ours)!r}")
+        if self.class_data_dir is not None:
+            is_file = Path(self.class_data_dir).is_file()
+            require(not is_file, "class_data_dir", self.class_data_dir, "a folder, which need not exist yet")
         if self.source == "self":
             require(self.text, "source", self.source, "'frozen' without `instance_prompt`")
         for name in ("num_class_images", "rank", "validation_inference_steps"):
@@ -180,10 +184,10 @@ class DomainStudioRecipe(Recipe[DomainStudioConfig]):
         require(kept is None or kept < length, "max_pair_timestep", kept, accepted)
         space = config.similarity_space
         require(space == "pixel" or model.vae is not None, "similarity_space", space, "'pixel' for a model of pixels")
-        size: Any = config.resolution if space == "pixel" else model.unet.config["sample_size"]
+        factor = 1 if model.vae is None or space == "pixel" else 2 ** (len(model.vae.config.block_out_channels) - 1)
         high = self.losses.weights["hf_pair_weight"] or self.losses.weights["hf_mse_weight"]
         accepted = "of even images, whose blocks of 2x2 give the high frequencies, or these without weight"
-        require(not high or size % 2 == 0, "resolution", config.resolution, accepted)
+        require(not high or config.resolution // factor % 2 == 0, "resolution", config.resolution, accepted)
         if config.num_validation_images:
             check_inference_steps(model.scheduler, "validation_inference_steps", config.validation_inference_steps)
 

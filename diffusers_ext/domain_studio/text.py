@@ -6,10 +6,10 @@ import copy
 from typing import Any, Literal
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 
 from diffusers_ext.generation.text import encode
-from diffusers_ext.training.pretrained import check_schedule, loaded
+from diffusers_ext.training.pretrained import check_schedule, converted, loaded
 from diffusers_ext.training.recipe import Context, Modules
 
 __all__ = ["TextModel"]
@@ -40,11 +40,12 @@ class TextModel:
         self.pipe: Any = loaded("pretrained_model_name_or_path", DiffusionPipeline, name)
         components = self.pipe.components
         unet, encoder = components.get("unet"), components.get("text_encoder")
-        plain = isinstance(unet, UNet2DConditionModel) and not unet.config["addition_embed_type"]
-        if not plain or encoder is None or components.get("vae") is None:
+        plain = type(self.pipe) is StableDiffusionPipeline and isinstance(unet, UNet2DConditionModel)
+        unused = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
+        if not plain or any(unet.config[name] for name in unused) or encoder is None or components["vae"] is None:
             raise ValueError(
-                "`pretrained_model_name_or_path` must be a Stable Diffusion pipeline with one text encoder, got "
-                f"{name!r}, a {type(self.pipe).__name__}."
+                "`pretrained_model_name_or_path` must be a StableDiffusionPipeline with one text encoder, whose "
+                f"network takes nothing else, got {name!r}, a {type(self.pipe).__name__}."
             )
         self.unet, self.vae, self.rank, self.prompts = unet, self.pipe.vae, rank, prompts
         if unet.config["out_channels"] != unet.config["in_channels"]:
@@ -55,7 +56,7 @@ class TextModel:
             )
         self.scheduler = self.pipe.scheduler
         check_schedule(self.scheduler, name, flow=False)
-        self.training_scheduler: Any = DDPMScheduler.from_config(self.scheduler.config)
+        self.training_scheduler: Any = converted(DDPMScheduler, self.scheduler)
         self.frozen: dict[str, Any] = {"vae": self.vae, "text_encoder": encoder}
         self._text: dict[str, torch.Tensor] = {}
         if rank is not None:

@@ -6,10 +6,10 @@ import copy
 from typing import Any, Literal
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffusers_ext.generation.pipeline import ImageGenerationPipeline
-from diffusers_ext.training.pretrained import load_denoiser
+from diffusers_ext.training.pretrained import converted, load_denoiser
 from diffusers_ext.training.recipe import Context, Modules
 
 __all__ = ["UnconditionalModel"]
@@ -45,8 +45,10 @@ class UnconditionalModel:
         scheduler, channels = denoiser.scheduler, self.unet.config.in_channels
         self.learned_variance = self.unet.config.out_channels != channels
         kept = self.learned_variance or isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
-        self.scheduler: Any = scheduler if kept else DDIMScheduler.from_config(scheduler.config)
-        self.training_scheduler = self.scheduler
+        self.scheduler: Any = scheduler if kept else converted(DDIMScheduler, scheduler)
+        # Other schedulers noise at the grid of their last chain.
+        flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        self.training_scheduler: Any = scheduler if flow else converted(DDPMScheduler, scheduler)
         self.frozen: dict[str, Any] = {} if self.vae is None else {"vae": self.vae}
 
     def add_source(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ImagePipelineOutput, UNet2DModel
+from diffusers import AutoencoderKL, DDPMParallelScheduler, DDPMScheduler, ImagePipelineOutput, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -266,24 +266,36 @@ class ImageGenerationPipeline(SafePipeline):
         self, sample: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
     ) -> torch.Tensor:
         sample = scaled_input(self.scheduler, sample, t)
-        prediction = self._network(sample, t, labels, guidance_scale)
-        # Few schedulers know what to do with a learned variance behind the prediction.
-        learned = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
-        return prediction if learned else prediction[:, : sample.shape[1]]
-
-    def _network(
-        self, sample: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
-    ) -> torch.Tensor:
+        channels = sample.shape[1]
         if labels is None or guidance_scale == 1.0:
-            return self.unet(sample, t, class_labels=labels, return_dict=False)[0]
+            output = self.unet(sample, t, class_labels=labels, return_dict=False)[0]
+            prediction = output[:, :channels]
+        else:
+            prediction, output = self._guided(sample, t, labels, guidance_scale)
+        # A learned variance stands behind the prediction; few schedulers know what to do with it.
+        learned = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
+        if (
+            learned
+            and output.shape[1] > channels
+            and isinstance(self.scheduler, DDPMScheduler | DDPMParallelScheduler)
+        ):
+            return torch.cat([prediction, output[:, channels:]], dim=1)
+        return prediction
+
+    def _guided(
+        self, sample: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, guidance_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the guided prediction, and all of the output for the class."""
+        channels = sample.shape[1]
         both = torch.cat([torch.full_like(labels, self.config["null_class_label"]), labels])
-        null, conditional = self.unet(torch.cat([sample, sample]), t, class_labels=both, return_dict=False)[0].chunk(2)
+        null, output = self.unet(torch.cat([sample, sample]), t, class_labels=both, return_dict=False)[0].chunk(2)
+        null, conditional = null[:, :channels], output[:, :channels]
         guided = null + guidance_scale * (conditional - null)
         if self._guidance_rescale == 0:
-            return guided
+            return guided, output
         from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-        return rescale_noise_cfg(guided, conditional, self._guidance_rescale)
+        return rescale_noise_cfg(guided, conditional, self._guidance_rescale), output
 
     def _decode(self, sample: torch.Tensor, output_type: str) -> Any:
         images = sample / self.config["image_scale"]

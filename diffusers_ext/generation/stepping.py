@@ -24,7 +24,7 @@ def set_timesteps(
         sigmas: noise levels instead of the scheduler's own; flow-matching Euler gets `1, ..., 1/steps` by default.
 
     Raises:
-        ValueError: `sigmas` for a scheduler that takes none.
+        ValueError: `sigmas` for a scheduler that takes none, or timesteps beyond its training.
     """
     if sigmas is None and isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         # Its own grid ends at 1/1000 before 0: with few steps the last one would be wasted.
@@ -36,6 +36,12 @@ def set_timesteps(
     else:
         raise ValueError(f"`sigmas` must be left out: {type(scheduler).__name__} does not take them.")
     timesteps: Any = scheduler.timesteps
+    length = 0 if scheduler.config.get("use_flow_sigmas") else len(getattr(scheduler, "alphas_cumprod", ()))
+    if length and timesteps.max() > length - 1:
+        raise ValueError(
+            f"`num_inference_steps` must be such that all timesteps are below {length}, got {num_inference_steps} "
+            f"with one of {float(timesteps.max()):g}; `steps_offset` of the scheduler moves them up."
+        )
     return timesteps
 
 

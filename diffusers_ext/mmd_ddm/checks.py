@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMParallelScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from .chain import check_arguments, differentiable_sample
 
@@ -53,7 +53,7 @@ def check_chain(scheduler: Any, num_inference_steps: int) -> None:
             f"`scheduler` must bring noise to the image that an exact network predicts, got {name}, which ends at "
             f"{found:.3g} of {IMAGE} in {num_inference_steps} steps; take DDIMScheduler, say."
         )
-    if isinstance(scheduler, DDIMScheduler):
+    if isinstance(scheduler, DDIMScheduler | DDIMParallelScheduler):
         _check_grid(scheduler, num_inference_steps)
 
 
@@ -92,7 +92,7 @@ def _exact_network(scheduler: Any) -> Callable[..., Any]:
 
 def _check_grid(scheduler: Any, steps: int) -> None:
     """Checks that Diffusers' DDIM, which steps T // S down whatever its grid is, lands on its grid."""
-    fresh: Any = DDIMScheduler.from_config(scheduler.config)
+    fresh: Any = type(scheduler).from_config(scheduler.config)
     fresh.set_timesteps(steps)
     down = scheduler.config["num_train_timesteps"] // steps
     if fresh.timesteps[0] == 0:

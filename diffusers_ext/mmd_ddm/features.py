@@ -31,8 +31,8 @@ class FeatureSpace:
     """
 
     def __init__(self, extractors: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> None:
-        if len(extractors) == 0:
-            raise ValueError("`extractors` must hold at least one function, got none.")
+        if callable(extractors) or len(extractors) == 0 or not all(map(callable, extractors)):
+            raise ValueError(f"`features` must be a list of at least one function, got {extractors!r}.")
         self.extractors = list(extractors)
         self.widths: list[int] = []
         self._mean = self._scale = None
@@ -45,9 +45,10 @@ class FeatureSpace:
         """
         parts = [extractor(images) for extractor in self.extractors]
         for part in parts:
-            if part.ndim != 2 or len(part) != len(images):
+            shape = tuple(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__
+            if len(shape) != 2 or shape[0] != len(images) or shape[1] == 0:
                 raise ValueError(
-                    f"`features` must give ({len(images)}, features) of {len(images)} images, got {tuple(part.shape)}."
+                    f"`features` must give ({len(images)}, features) of {len(images)} images, got {shape}."
                 )
         self.widths = [part.shape[1] for part in parts]
         return self.standardised(torch.cat(parts, 1))
@@ -59,8 +60,8 @@ class FeatureSpace:
             images: `(batch >= 1, channels, height, width)` in `[-1, 1]`.
 
         Returns:
-            For every extractor, its number of features and the sum of each image's, to five digits: enough to tell it
-            from another.
+            For every extractor, its number of features and a random projection of each image's, to five digits: enough
+            to tell it from another.
 
         Raises:
             ValueError: one gives another shape, numbers that are not finite, no gradient, or features of an image that
@@ -87,8 +88,10 @@ class FeatureSpace:
                     "`features` must give an image the same features alone, in a batch and every time, got a "
                     f"difference of {float(apart):.3g} from extractor {i}; put its network into evaluation mode."
                 )
-            sums = features.double().sum(1).tolist()
-            found.append([features.shape[1], *(float(f"{value:.5g}") for value in sums)])
+            direction = torch.randn(features.shape[1], generator=torch.Generator().manual_seed(0)).double()
+            projected = (features.cpu().double() @ direction).tolist()
+            found.append([features.shape[1], *(float(f"{value:.5g}") for value in projected)])
+        self.widths = [int(values[0]) for values in found]
         return found
 
     def fit(self, features: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ from diffusers_ext.metrics.features import feature_extractor
 from diffusers_ext.metrics.kernel import mmd2
 from diffusers_ext.training.config import described, require
 from diffusers_ext.training.images import ImageConfig, image_dataset
-from diffusers_ext.training.pretrained import Denoiser, check_image_size, load_denoiser
+from diffusers_ext.training.pretrained import Denoiser, check_image_size, converted, load_denoiser
 from diffusers_ext.training.recipe import Context, Modules, Recipe, StepOutput
 
 from .chain import clamped, differentiable_sample
@@ -109,7 +109,13 @@ class MMDDDMConfig(ImageConfig):
         changed |= {"steps_offset": 0, "set_alpha_to_one": True}
         accepted = inspect.signature(kind.__init__).parameters  # type: ignore[misc]
         changed = {} if own else {key: value for key, value in changed.items() if key in accepted}
-        scheduler = kind.from_config(pretrained.config, **changed)  # type: ignore[union-attr]
+        try:
+            scheduler = converted(kind, pretrained, **changed)  # type: ignore[arg-type]
+        except Exception as error:  # whatever a scheduler of another kind of model runs into
+            raise ValueError(
+                f"`scheduler` must be a class that takes the model's schedule of betas, got {name!r}: {error}"
+            ) from error
+        require(own or hasattr(scheduler, "alphas_cumprod"), "scheduler", name, "a class with a schedule of betas")
         check_chain(scheduler, self.num_inference_steps)
         return scheduler
 
@@ -160,7 +166,8 @@ class MMDDDMRecipe(Recipe[MMDDDMConfig]):
         self.scheduler = config.make_scheduler(denoiser.scheduler)
         self.data = data = image_dataset(config, ctx.accelerator.is_main_process)
         if denoiser.num_classes:
-            classes = denoiser.num_classes - (denoiser.null_class_label is not None)
+            # Labels from the null label on are not the data's.
+            classes = denoiser.num_classes if denoiser.null_class_label is None else denoiser.null_class_label
             accepted = f"a column of class labels, at most the model's {classes}; the data has {data.column_names}"
             accepted += f" and {data.num_classes} classes" if data.num_classes else ""
             require(1 <= data.num_classes <= classes, "label_column", config.label_column, accepted)
@@ -193,6 +200,8 @@ class MMDDDMRecipe(Recipe[MMDDDMConfig]):
         if self.real is not None:
             device, batch = ctx.accelerator.device, self.config.train_batch_size
             self.real.compute(lambda items: self._real(items, device), ctx.accelerator, batch)
+            if not torch.isfinite(self.real.column("features")).all():
+                raise ValueError("`features` must be finite, got NaN or infinity for some of the real images.")
             if self.standardise:
                 self.space.fit(self.real.column("features"))
         vae = self.denoiser.vae

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,16 @@ class Callback:
 
     def on_end(self, trainer: Trainer) -> None:
         """At the end, also when a signal stopped the run."""
+
+
+def draw_pictures(trainer: Trainer, pipeline: Any, stream: int) -> list[Image.Image]:
+    """Draws the recipe's pictures; what goes wrong is a warning, since pictures are no reason to lose a run."""
+    generator = torch.Generator().manual_seed(mix(trainer.config.seed, stream))
+    try:
+        return trainer.recipe.validate(pipeline, generator)
+    except Exception as error:  # a full device, a scheduler's own kinds
+        warnings.warn(f"no pictures at step {trainer.step}: {type(error).__name__}: {error}", stacklevel=2)
+        return []
 
 
 def image_grid(images: list[Image.Image]) -> Image.Image:
@@ -146,12 +157,12 @@ class Validation(Callback):
         with trainer.exported_pipeline() as pipeline:
             if pipeline is not None:
                 start = time.perf_counter()
-                generator = torch.Generator().manual_seed(mix(trainer.config.seed, VALIDATION))
                 pipeline.set_progress_bar_config(disable=True)
-                images = trainer.recipe.validate(pipeline, generator)
-                folder = Path(trainer.config.output_dir) / "samples"
-                folder.mkdir(exist_ok=True)
-                image_grid(images).save(folder / f"step-{trainer.step:07d}.png")
+                images = draw_pictures(trainer, pipeline, VALIDATION)
+                if images:
+                    folder = Path(trainer.config.output_dir) / "samples"
+                    folder.mkdir(exist_ok=True)
+                    image_grid(images).save(folder / f"step-{trainer.step:07d}.png")
                 trainer.pause(time.perf_counter() - start)
         return images
 

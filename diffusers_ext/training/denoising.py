@@ -28,7 +28,7 @@ from .images import ImageConfig, image_dataset
 from .networks import make_network
 from .noise import NOISE_STRATEGIES, NoiseStrategy, make_noise, offset_noise
 from .objectives import EpsX0V, FlowMatching, Objective
-from .pretrained import check_inference_steps, load_denoiser, loaded
+from .pretrained import check_inference_steps, converted, load_denoiser, loaded
 from .recipe import Context, Modules, Recipe, Sample, StepOutput
 from .timesteps import LogitNormalTimesteps, Timesteps, UniformTimesteps
 
@@ -186,9 +186,9 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
         require(classes == conditional, "class_conditional", conditional, f"{classes} as in {name!r}")
         if rescaled:
             changed = {"prediction_type": asked, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-            scheduler = DDIMScheduler.from_config({**scheduler.config, **changed, "clip_sample": False})
+            scheduler = converted(DDIMScheduler, scheduler, **changed, clip_sample=False)
         elif not flow and not isinstance(scheduler, DDIMScheduler):
-            scheduler = DDIMScheduler.from_config(scheduler.config)
+            scheduler = converted(DDIMScheduler, scheduler)
         return unet, scheduler, denoiser.vae
 
     def _new_unet(self, vae: Any) -> UNet2DModel:

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from diffusers_ext.data.sampler import PositionalBatchSampler, SeededDataset, StreamingBatches
 from diffusers_ext.hub.repo import push_repo
 
-from .callbacks import Callback, default_callbacks, image_grid
+from .callbacks import Callback, default_callbacks, draw_pictures, image_grid
 from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainConfig, require
 from .recipe import Context, Modules, Recipe
@@ -332,13 +332,13 @@ class Trainer:
                 if self.ema is not None:
                     self.ema.step(self.parameters)
             self.step += 1
+            self._sums, self._summed = sums, micro_steps
             if self.step % config.logging_steps == 0 or self.step == self.total_steps:
                 seconds = max(time.perf_counter() - since - self._paused, 1e-9)
                 self._log(sums, micro_steps, timed * self._micro_batch / seconds)
                 sums, micro_steps, timed, since, self._paused = {}, 0, 0, time.perf_counter(), 0.0
             self._sums, self._summed = sums, micro_steps
-            for callback in self.callbacks:
-                callback.on_step_end(self)
+            self._call("on_step_end")
             self._stopped = self._stop_requested(signals)
             if self.step % config.checkpointing_steps == 0 or self.step == self.total_steps or self._stopped:
                 start = time.perf_counter()
@@ -371,8 +371,17 @@ class Trainer:
             raise self._diverged(f"the loss is {self._last_loss}")
         logs["lr"] = float(self.lr_scheduler.get_last_lr()[0])
         logs["images_per_second"] = images_per_second
-        for callback in self.callbacks:
-            callback.on_log(self, logs)
+        self._call("on_log", logs)
+
+    def _call(self, hook: str, *arguments: Any) -> None:
+        """Calls a hook of all callbacks; where one fails, what was trained so far is saved first."""
+        try:
+            for callback in self.callbacks:
+                getattr(callback, hook)(self, *arguments)
+        except Exception:
+            if self.accelerator.num_processes == 1:  # other processes may not have failed, and would wait in vain
+                self._save()
+            raise
 
     # -- saving ----------------------------------------------------------------------------------------------------
 
@@ -457,10 +466,5 @@ class Trainer:
             card = self.recipe.card()
             card.arguments = config.to_dict()
             card.results = {"training loss": self._last_loss, "updates": self.step, **card.results}
-            sample = None
-            try:
-                if config.num_validation_images:
-                    generator = torch.Generator().manual_seed(mix(config.seed, SAMPLE_PICTURE))
-                    sample = image_grid(self.recipe.validate(pipeline, generator))
-            finally:  # a picture that cannot be drawn does not lose the weights
-                self.recipe.save(pipeline, config.output_dir, card, sample)
+            images = draw_pictures(self, pipeline, SAMPLE_PICTURE) if config.num_validation_images else []
+            self.recipe.save(pipeline, config.output_dir, card, image_grid(images) if images else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from diffusers_ext.data.sources import load_images
@@ -44,6 +45,10 @@ class ImageConfig(TrainConfig):
             require(workers <= 1, "dataloader_num_workers", workers, "0 or 1 with `streaming`")
         samples = self.max_train_samples
         require(samples is None or samples >= 1, "max_train_samples", samples, "an integer >= 1 or left out")
+        if self.train_data_dir is not None:
+            data, output = Path(self.train_data_dir).resolve(), Path(self.output_dir).resolve()
+            accepted = f"outside of `train_data_dir`, {str(data)!r}, whose files it would join"
+            require(data not in (output, *output.parents), "output_dir", self.output_dir, accepted)
         require(self.resolution >= 1, "resolution", self.resolution, "an integer >= 1")
 
 

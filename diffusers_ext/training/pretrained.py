@@ -5,13 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
 from diffusers_ext.generation.stepping import set_timesteps
 
 from .config import require
 
-__all__ = ["Denoiser", "check_image_size", "check_inference_steps", "check_schedule", "load_denoiser", "loaded"]
+__all__ = [
+    "Denoiser",
+    "check_image_size",
+    "check_inference_steps",
+    "check_schedule",
+    "converted",
+    "load_denoiser",
+    "loaded",
+]
 
 
 @dataclass
@@ -111,11 +120,26 @@ def check_inference_steps(scheduler: Any, argument: str, steps: int) -> None:
 def loaded(argument: str, kind: Any, name: str) -> Any:
     """Loads from the Hub or a folder; a failure names the argument."""
     try:
-        return kind.from_pretrained(name, use_safetensors=True)
+        return kind.from_pretrained(name, use_safetensors=True, torch_dtype=torch.float32)
     except Exception as error:  # the libraries raise many kinds
         raise ValueError(
             f"`{argument}` must be a Hub repo or a folder that `{kind.__name__}` loads, got {name!r}: {error}"
         ) from error
+
+
+def converted(kind: Any, scheduler: Any, **changes: Any) -> Any:
+    """Returns a scheduler of another class with the same noise schedule.
+
+    Args:
+        kind: the class.
+        scheduler: the scheduler to follow.
+        **changes: entries of its config to change.
+    """
+    try:
+        return kind.from_config(scheduler.config, **changes)
+    except NotImplementedError:  # the class has no name for this schedule, but takes its betas
+        betas = {"beta_schedule": "linear", "trained_betas": scheduler.betas.tolist()}
+        return kind.from_config({**scheduler.config, **betas}, **changes)
 
 
 def load_denoiser(name: str, learned_variance: bool = False) -> Denoiser:
@@ -148,13 +172,16 @@ def load_denoiser(name: str, learned_variance: bool = False) -> Denoiser:
         unet.config["in_channels"],
         unet.config["out_channels"],
     )
-    discrete = hasattr(pipeline.scheduler, "alphas_cumprod")  # type: ignore[attr-defined]
+    schedule: Any = pipeline.scheduler  # type: ignore[attr-defined]
+    # A range is what Diffusers' samplers make of it, unless the scheduler says that the output is the variance itself.
+    discrete = hasattr(schedule, "alphas_cumprod") and schedule.config.get("variance_type") != "learned"
     both = learned_variance and discrete and vae is None and scale == 1 and outputs == 2 * inputs
     if unet.config["class_embed_type"] is not None or not (outputs == inputs or both):
         raise ValueError(
-            "`pretrained_model_name_or_path` must be a model that does not learn its variance and whose labels, if "
-            f"any, are classes, got {name!r} with `class_embed_type` {unet.config['class_embed_type']!r} and "
+            "`pretrained_model_name_or_path` must be a model whose labels, if any, are classes and that does not "
+            "learn its variance (or, for DomainStudio, a range of it, of pixels that are not scaled), got "
+            f"{name!r} with `class_embed_type` {unet.config['class_embed_type']!r} and "
             f"{outputs} output channels for {inputs}."
         )
-    check_schedule(pipeline.scheduler, name)  # type: ignore[attr-defined]
-    return Denoiser(unet, pipeline.scheduler, vae, scale, pipeline.config.get("null_class_label"))  # type: ignore[attr-defined]
+    check_schedule(schedule, name)
+    return Denoiser(unet, schedule, vae, scale, pipeline.config.get("null_class_label"))  # type: ignore[attr-defined]

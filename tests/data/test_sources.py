@@ -118,6 +118,10 @@ def test_integer_labels_become_classes(tmp_path, arrays):
     data = load_images(train_data_dir=str(tmp_path / "saved"), resolution=8, label_column="kind", max_train_samples=6)
     assert (len(data), data.num_classes) == (6, 4)
     assert load_images(train_data_dir=str(tmp_path / "saved"), resolution=8).num_classes == 0
+    rows["kind"][2] = -1
+    Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "bad"))
+    with pytest.raises(ValueError, match="`label_column` must hold labels >= 0, got 'kind' with -1"):
+        load_images(train_data_dir=str(tmp_path / "bad"), resolution=8, label_column="kind")
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,12 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LDMPipeline,
+    StableDiffusionImg2ImgPipeline,
     UNet2DModel,
     VQModel,
 )
@@ -32,10 +35,21 @@ from diffusers_ext import (
     push_repo,
     save_repo,
 )
+from diffusers_ext.domain_studio.prior import class_images
+from diffusers_ext.domain_studio.unconditional import UnconditionalModel
 from tests.oms.tiny import stable_diffusion
 from tests.training.tiny import UNET, Record
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class ConfigModule(torch.nn.Module):
+    """Stands in the place of a safety checker and counts its calls."""
+
+    calls = 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
 
 
 def network(**options):
@@ -256,6 +270,20 @@ def test_other_settings_of_text_models_train(folder, tmp_path, changes):
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [EulerDiscreteScheduler(), DPMSolverMultistepScheduler(), DDPMScheduler(beta_schedule="sigmoid")],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_the_noise_is_that_of_the_schedule_whatever_the_scheduler(tmp_path, scheduler):
+    for channels in (1, 2):
+        save_repo(ImageGenerationPipeline(network(out_channels=channels), scheduler), tmp_path / str(channels))
+        noising = UnconditionalModel(str(tmp_path / str(channels))).training_scheduler
+        t = torch.tensor([0, 100, 900])
+        found = noising.add_noise(torch.zeros(3, 1), torch.ones(3, 1), t).flatten()
+        torch.testing.assert_close(found, (1 - (1 - scheduler.betas).cumprod(0)[t]).sqrt(), rtol=1e-4, atol=1e-5)
+
+
 def test_flow_models_train(folder, tmp_path):
     _, losses, _ = train(config(folder, tmp_path, pretrained_model_name_or_path=str(folder / "flow")))
     assert np.isfinite(losses).all()
@@ -325,13 +353,47 @@ def test_bad_arguments(folder, tmp_path, changes, message):
 
 def test_a_model_without_text_has_no_prompts(folder, tmp_path):
     values = text_config(folder, tmp_path, pretrained_model_name_or_path=str(folder / "base"))
-    with pytest.raises(ValueError, match="must be a Stable Diffusion pipeline with one text encoder"):
+    with pytest.raises(ValueError, match="must be a StableDiffusionPipeline with one text encoder"):
         train(values)
     with pytest.raises(ValueError, match="`class_data_dir` must be given with `prior_loss_weight`"):
         text_config(folder, tmp_path, class_data_dir=None)
     for inside in (folder / "photos" / "class", folder):
         with pytest.raises(ValueError, match="`class_data_dir` must be apart from `train_data_dir`"):
             text_config(folder, tmp_path, class_data_dir=str(inside))
+    with pytest.raises(ValueError, match="`class_data_dir` must be apart from `output_dir`"):
+        text_config(folder, tmp_path, class_data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="`class_data_dir` must be a folder, which need not exist yet"):
+        text_config(folder, tmp_path, class_data_dir=str(folder / "one.npz"))
+    with pytest.raises(ValueError, match="`output_dir` must be outside of `train_data_dir`"):
+        text_config(folder, folder / "photos" / "out")
+
+
+def test_text_models_that_want_more_are_refused(folder, tmp_path):
+    img2img = StableDiffusionImg2ImgPipeline(**stable_diffusion().components, requires_safety_checker=False)
+    img2img.save_pretrained(tmp_path / "img2img")
+    with pytest.raises(ValueError, match="must be a StableDiffusionPipeline .* a StableDiffusionImg2ImgPipeline"):
+        train(text_config(folder, tmp_path / "out", pretrained_model_name_or_path=str(tmp_path / "img2img")))
+
+
+def test_a_half_precision_repo_and_its_safety_checker(folder, tmp_path):
+    """Class images are drawn in fp32 and pass no checker, which would make them black."""
+    half = stable_diffusion().to(torch.float16)
+    half.save_pretrained(tmp_path / "half")
+    values = text_config(
+        folder,
+        tmp_path / "out",
+        pretrained_model_name_or_path=str(tmp_path / "half"),
+        class_data_dir=str(tmp_path / "class"),
+        max_train_steps=1,
+    )
+    _, losses, trainer = train(values)
+    assert np.isfinite(losses).all()
+    pipeline = trainer.recipe.model.pipe
+    checker = ConfigModule()
+    pipeline.safety_checker = checker
+    class_images(pipeline, "a cat", tmp_path / "again", 1, 1, 0)
+    assert pipeline.safety_checker is checker
+    assert checker.calls == 0
 
 
 def test_nothing_is_generated_for_a_run_that_cannot_be(folder, tmp_path):

@@ -7,6 +7,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from torch.distributions import Normal, kl_divergence
 
 from diffusers_ext import DomainStudioConfig, DomainStudioRecipe, ImageGenerationPipeline, Trainer, save_repo
+from diffusers_ext.domain_studio.unconditional import UnconditionalModel
 from diffusers_ext.domain_studio.variance import LearnedVariance, pixel_log_likelihood
 from tests.training.tiny import Record
 
@@ -58,6 +59,22 @@ def test_the_probabilities_of_a_pixel_s_values_add_up():
     assert bound.bound(x0, x0, torch.tensor([0]), x0, -torch.ones_like(x0)).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_it_counts_as_a_thousandth_of_the_whole_bound():
+    x0, noisy, estimate, v = drawn()
+    t = torch.arange(4) + 1
+    whole = LearnedVariance(DDPMScheduler(trained_betas=[0.01] * 4000)).bound(x0, noisy, t, estimate, v)
+    short = LearnedVariance(DDPMScheduler(trained_betas=[0.01] * 500)).bound(x0, noisy, t, estimate, v)
+    torch.testing.assert_close(whole, 8 * short)
+
+
+def test_a_variance_that_is_no_range_is_refused(tmp_path):
+    save_repo(ImageGenerationPipeline(network(out_channels=2), DDPMScheduler(variance_type="learned")), tmp_path)
+    with pytest.raises(
+        ValueError, match="must be a model .* does not learn its variance .*or, for DomainStudio, a range"
+    ):
+        UnconditionalModel(str(tmp_path))
+
+
 def test_only_the_variance_is_taught():
     x0, noisy, estimate, v = drawn()
     estimate, v = estimate.requires_grad_(), v.requires_grad_()
@@ -95,8 +112,8 @@ def test_a_model_that_learns_its_variance_is_adapted_and_sampled(tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     call = {"batch_size": 2, "num_inference_steps": 4, "output_type": "pt"}
     learned = pipeline(**call, generator=torch.Generator().manual_seed(0)).images
-    # A scheduler without a learned variance sees the prediction alone.
-    pipeline.scheduler = DDIMScheduler(clip_sample=False)
+    # A scheduler without a learned variance sees the prediction alone, also where its config remembers one.
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     found = pipeline(**call, generator=torch.Generator().manual_seed(0)).images
     plain = network()
     weights = pipeline.unet.state_dict()

@@ -8,6 +8,7 @@ from diffusers import (
     ConfigMixin,
     DDIMPipeline,
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -124,6 +125,33 @@ def test_guidance_is_null_plus_w_times_the_difference():
     plain = pipeline(class_labels=1, batch_size=2, latents=latents, num_inference_steps=2, output_type="pt").images
     each = pipeline(class_labels=torch.tensor([1, 1]), latents=latents, num_inference_steps=2, output_type="pt").images
     assert torch.equal(plain, each)
+
+
+def test_guidance_leaves_a_learned_variance_alone():
+    """What the scheduler is given: the guided prediction, rescaled on its own, and the variance for the class."""
+    net, given = unet(num_class_embeds=4, out_channels=2), []
+    scheduler = DDPMScheduler(variance_type="learned_range")
+    step = scheduler.step
+    scheduler.step = lambda output, *args, **kwargs: (given.append(output), step(output, *args, **kwargs))[1]
+    pipeline, latents = make(net, scheduler, null_class_label=3), torch.randn(2, 1, 8, 8)
+    for rescale in (0.0, 1.0):
+        pipeline(
+            class_labels=[0, 1], guidance_scale=5.0, guidance_rescale=rescale, latents=latents, num_inference_steps=1
+        )
+    with torch.no_grad():
+        null, conditional = (net(latents, 0, class_labels=torch.tensor(c)).sample for c in ([3, 3], [0, 1]))
+    guided = null[:, :1] + 5 * (conditional - null)[:, :1]
+    deviations = [part.std((1, 2, 3), keepdim=True) for part in (conditional[:, :1], guided)]
+    for found, expected in zip(given, (guided, guided * deviations[0] / deviations[1]), strict=True):
+        torch.testing.assert_close(found, torch.cat([expected, conditional[:, 1:]], 1), rtol=1e-4, atol=1e-5)
+
+
+def test_timesteps_beyond_the_training_are_refused():
+    pipeline = make(unet(), DDIMScheduler(steps_offset=1))
+    with pytest.raises(
+        ValueError, match="`num_inference_steps` must be such that all timesteps are below 1000, got 1000"
+    ):
+        pipeline(num_inference_steps=1000)
 
 
 def test_image_scale_divides_the_samples():

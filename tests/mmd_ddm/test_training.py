@@ -281,7 +281,9 @@ def test_the_script_makes_a_repo_that_remembers_its_steps(folder, tmp_path):
         ({"gamma": 0.1, "kernel": "rational_quadratic"}, "`gamma` must be left out with the rational_quadratic"),
         ({"num_inference_steps": 10**9}, r"`num_inference_steps` must be an integer in 1\.\.1000"),
         ({"scheduler": "DDIMInverseScheduler"}, "`scheduler` must bring noise to the image that an exact network pre"),
-        ({"scheduler": "EDMEulerScheduler"}, "`scheduler` must have a schedule of betas"),
+        ({"scheduler": "EDMEulerScheduler"}, "`scheduler` must be a class with a schedule of betas, got 'EDM"),
+        ({"scheduler": "FlowMatchEulerDiscreteScheduler"}, "`scheduler` must be a class with a schedule of betas"),
+        ({"scheduler": "VQDiffusionScheduler"}, "`scheduler` must be a class that takes the model's"),
         ({"timestep_spacing": "linspace"}, "`timestep_spacing` must be 'leading' for 3 steps of DDIMScheduler"),
         ({"features": "vgg"}, "`features` must be 'pixels', 'inception', 'clip:REPO' or 'classifier:REPO', got 'vgg'"),
         ({"features": "classifier:/nowhere"}, "`features` must name a model that loads, got 'classifier:/nowhere'"),
@@ -305,9 +307,9 @@ def test_features_that_do_not_fit_are_refused(folder, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             train(config(folder, tmp_path), [lambda images: images.flatten(1), bad])
-    with pytest.raises(ValueError, match="must be a model that does not learn its variance.* 2 output channels for 1"):
+    with pytest.raises(ValueError, match="must be a model .* does not learn its variance.* 2 output channels for 1"):
         train(config(folder, tmp_path, pretrained_model_name_or_path=str(folder / "variance")))
-    with pytest.raises(ValueError, match="`extractors` must hold at least one function, got none"):
+    with pytest.raises(ValueError, match=r"`features` must be a list of at least one function, got \[\]"):
         train(config(folder, tmp_path), [])
     wide = ImageClassifierFeatures(sample_size=16, block_out_channels=(4,), feature_dim=6).eval()
     with pytest.raises(ValueError, match="`images` must have the shape"):
@@ -330,6 +332,19 @@ def test_a_model_with_classes_wants_labels(folder, tmp_path):
 def test_divergence_is_no_argument_error(folder, tmp_path):
     with pytest.raises(FloatingPointError, match="features of generated images are not finite at step 1"):
         train(config(folder, tmp_path, learning_rate=1e30, max_grad_norm=1e30, checkpointing_steps=1))
+
+
+def test_standardised_features_are_read_again(folder, tmp_path):
+    values = config(folder, tmp_path, features=f"pixels, classifier:{folder / 'phi'}")
+    _, first, _ = train(values)
+    _, second, _ = train(values)
+    assert first == second
+
+
+def test_extractors_of_another_order_have_other_features(folder, tmp_path):
+    for extractor in (lambda images: images.flatten(1), lambda images: images.flip(3).flatten(1)):
+        train(config(folder, tmp_path, max_train_steps=1), [extractor])
+    assert len(list(tmp_path.glob("precomputed-*"))) == 2
 
 
 def test_changed_data_have_other_features(folder, tmp_path):

@@ -16,7 +16,7 @@ from diffusers_ext.data.sampler import PositionalBatchSampler, SeededDataset
 from diffusers_ext.training.weights import Ema
 from tests.conftest import reset_accelerate
 
-from .tiny import UNET, make_config, run, weights, write_data
+from .tiny import UNET, Record, make_config, run, weights, write_data
 
 
 @pytest.fixture(scope="module")
@@ -258,13 +258,30 @@ def test_no_checkpoint_is_written_of_what_is_not_finite(data, tmp_path, where):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-def test_a_picture_that_cannot_be_drawn_does_not_lose_the_weights(data, tmp_path):
+def test_a_picture_that_cannot_be_drawn_is_a_warning(data, tmp_path):
     class Blind(ImmiscibleRecipe):
         def validate(self, pipeline, generator):
-            raise RuntimeError("no picture")
+            raise RuntimeError("no memory")
 
-    config = make_config(data, tmp_path)
-    with pytest.raises(RuntimeError, match="no picture"):
-        Trainer(config, Blind(config)).train()
+    config = make_config(data, tmp_path, validation_steps=3)
+    with pytest.warns(UserWarning, match="no pictures at step 6: RuntimeError: no memory"):
+        result = Trainer(config, Blind(config)).train()
+    assert result.steps == 6
     assert DiffusionPipeline.from_pretrained(tmp_path).unet is not None
     assert not (tmp_path / "sample.png").exists()
+
+
+@pytest.mark.parametrize("hook", ["on_log", "on_step_end"])
+def test_what_was_trained_is_saved_when_a_callback_fails(data, tmp_path, hook):
+    def fail(trainer, *arguments):
+        if trainer.step == 4:
+            raise OSError("no connection")
+
+    _, expected, _ = run(data, tmp_path / "whole", logging_steps=2)
+    callback = Record()
+    setattr(callback, hook, fail)
+    with pytest.raises(OSError, match="no connection"):
+        run(data, tmp_path / "cut", logging_steps=2, callback=callback)
+    run(data, tmp_path / "cut", logging_steps=2, resume_from_checkpoint="latest")
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(first[name], second[name]) for name in first)
