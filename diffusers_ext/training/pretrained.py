@@ -120,7 +120,7 @@ def check_inference_steps(scheduler: Any, argument: str, steps: int) -> None:
 def loaded(argument: str, kind: Any, name: str) -> Any:
     """Loads from the Hub or a folder; a failure names the argument."""
     try:
-        return kind.from_pretrained(name, use_safetensors=True, torch_dtype=torch.float32)
+        return kind.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
     except Exception as error:  # the libraries raise many kinds
         raise ValueError(
             f"`{argument}` must be a Hub repo or a folder that `{kind.__name__}` loads, got {name!r}: {error}"
