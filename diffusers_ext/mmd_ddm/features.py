@@ -45,10 +45,11 @@ class FeatureSpace:
         """
         parts = [extractor(images) for extractor in self.extractors]
         for part in parts:
-            shape = tuple(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__
-            if len(shape) != 2 or shape[0] != len(images) or shape[1] == 0:
+            fits = isinstance(part, torch.Tensor) and part.ndim == 2 and len(part) == len(images) and part.shape[1] > 0
+            if not fits:
+                found = tuple(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__
                 raise ValueError(
-                    f"`features` must give ({len(images)}, features) of {len(images)} images, got {shape}."
+                    f"`features` must give ({len(images)}, features) of {len(images)} images, got {found}."
                 )
         self.widths = [part.shape[1] for part in parts]
         return self.standardised(torch.cat(parts, 1))
@@ -83,7 +84,7 @@ class FeatureSpace:
             features = features.detach()
             with torch.no_grad():
                 apart = (space(images[:1]) - features[:1]).abs().max()
-            if apart > 1e-3 * features.abs().max():
+            if not apart <= 1e-3 * features.abs().max():
                 raise ValueError(
                     "`features` must give an image the same features alone, in a batch and every time, got a "
                     f"difference of {float(apart):.3g} from extractor {i}; put its network into evaluation mode."

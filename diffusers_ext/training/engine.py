@@ -174,9 +174,8 @@ class Trainer:
         self._originals = self._saved_weights() if weight_dtype != torch.float32 else {}
         for module in modules.frozen.values():
             module.requires_grad_(False).eval().to(accelerator.device)
-            if any(
-                p.dtype != weight_dtype for p in module.parameters()
-            ):  # Diffusers warns about casts, even of nothing
+            # Diffusers warns about casts, even of nothing.
+            if any(p.dtype != weight_dtype for p in module.parameters()):
                 module.to(weight_dtype)
         if config.gradient_checkpointing:
             modules.trainable.enable_gradient_checkpointing()
