@@ -418,18 +418,24 @@ def _columns(
         raise ValueError(
             f"`caption_column` must hold strings, got {caption_column!r} of type {_type(features[caption_column])}."
         )
+    integers = {n for n in features if _type(features[n]).startswith(("int", "uint"))}
+    readable = isinstance(rows, datasets.Dataset)
+
+    def unlabelled(column: str) -> list[Any]:
+        return [x for x in rows[column] if x is None or x < 0] if readable and column in integers else []
+
     if label_column is None:
-        label_column = next((n for n in ("label", "labels") if isinstance(features.get(n), datasets.ClassLabel)), None)
+        # -1 stands for no label in many data sets.
+        declared = [n for n in ("label", "labels") if isinstance(features.get(n), datasets.ClassLabel)]
+        label_column = next((n for n in declared if not unlabelled(n)), None)
     classes = None
     if label_column is not None and label_column in features:
-        feature = features[label_column]
-        if isinstance(rows, datasets.Dataset) and _type(feature).startswith(("int", "uint")):
-            bad = [label for label in rows[label_column] if label is None or label < 0]
-            if bad:
-                raise ValueError(f"`label_column` must hold labels >= 0, got {label_column!r} with {bad[0]!r}.")
+        feature, bad = features[label_column], unlabelled(label_column)
+        if bad:
+            raise ValueError(f"`label_column` must hold labels >= 0, got {label_column!r} with {bad[0]!r}.")
         if isinstance(feature, datasets.ClassLabel):
             classes = list(feature.names)
-        elif isinstance(rows, datasets.Dataset) and _type(feature).startswith(("int", "uint")):
+        elif readable and label_column in integers:
             classes = [str(i) for i in range(max(rows[label_column]) + 1)]
         else:
             raise ValueError(

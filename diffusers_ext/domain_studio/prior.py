@@ -83,4 +83,5 @@ def class_images(
                 image.save(partial, format="PNG")
                 os.replace(partial, target / f"{i:05d}.png")
                 bar.update()
-    pipeline.safety_checker = checker
+    # By plain assignment the pipeline would be saved without it.
+    pipeline.register_modules(safety_checker=checker)

@@ -15,6 +15,7 @@ import torch
 __all__ = ["LearnedVariance"]
 
 BIN = 1 / 255  # half the width of a pixel's value in [-1, 1]
+LEAST = 1e-12  # probability that a pixel has at least, so that no estimate costs without bound
 
 
 class LearnedVariance:
@@ -70,6 +71,7 @@ def pixel_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_variance: torc
     """Computes the log-probability of 8-bit pixels in [-1, 1] under a Gaussian; the outer bins reach to infinity."""
     scale = (-0.5 * log_variance).exp()
     upper, lower = scale * (x - mean + BIN), scale * (x - mean - BIN)
-    inside = (torch.special.ndtr(upper) - torch.special.ndtr(lower)).clamp(min=1e-12).log()
-    inside = torch.where(x > 0.999, torch.special.log_ndtr(-lower), inside)
-    return torch.where(x < -0.999, torch.special.log_ndtr(upper), inside)
+    probability = torch.special.ndtr(upper) - torch.special.ndtr(lower)
+    probability = torch.where(x > 0.999, torch.special.ndtr(-lower), probability)
+    probability = torch.where(x < -0.999, torch.special.ndtr(upper), probability)
+    return probability.clamp(min=LEAST).log()

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -122,6 +122,12 @@ def test_integer_labels_become_classes(tmp_path, arrays):
     Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "bad"))
     with pytest.raises(ValueError, match="`label_column` must hold labels >= 0, got 'kind' with -1"):
         load_images(train_data_dir=str(tmp_path / "bad"), resolution=8, label_column="kind")
+    rows["label"] = rows.pop("kind")
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b", "c", "d"])})
+    Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "unlabelled"))
+    data = load_images(train_data_dir=str(tmp_path / "unlabelled"), resolution=8)  # nobody asked for labels
+    assert data.num_classes == 0
+    assert "label" not in data[0]
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,8 @@ def test_the_probabilities_of_a_pixel_s_values_add_up():
     for mean, log_variance in ((0.1, -3.0), (-0.99, -8.0), (1.5, 0.0)):
         log = pixel_log_likelihood(values, torch.tensor(mean).double(), torch.tensor(log_variance).double())
         assert log.exp().sum().item() == pytest.approx(1, abs=1e-6)
+    far = pixel_log_likelihood(torch.tensor([1.0, 0.0, -1.0]), torch.tensor([-9.0, 9.0, 9.0]), torch.tensor(-9.0))
+    torch.testing.assert_close(far, torch.full((3,), 1e-12).log())  # bounded, whatever the estimate
     # The first timestep is measured by them, in bits: a sure pixel costs none.
     x0 = torch.zeros(1, 1, 2, 2)
     bound = LearnedVariance(DDPMScheduler(beta_start=1e-8))
