@@ -374,6 +374,7 @@ class Trainer:
             raise self._diverged(f"the loss is {self._last_loss}")
         logs["lr"] = float(self.lr_scheduler.get_last_lr()[0])
         logs["images_per_second"] = images_per_second
+        self._sums, self._summed = {}, 0
         self._call("on_log", logs)
 
     def _call(self, hook: str, *arguments: Any) -> None:

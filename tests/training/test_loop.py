@@ -285,3 +285,6 @@ def test_what_was_trained_is_saved_when_a_callback_fails(data, tmp_path, hook):
     run(data, tmp_path / "cut", logging_steps=2, resume_from_checkpoint="latest")
     first, second = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(first[name], second[name]) for name in first)
+    whole, cut = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut"))
+    losses = [[json.loads(line)["loss"] for line in lines] for lines in (whole, cut)]
+    assert losses[0] == losses[1]
