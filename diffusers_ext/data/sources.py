@@ -422,7 +422,7 @@ def _columns(
     readable = isinstance(rows, datasets.Dataset)
 
     def unlabelled(column: str) -> list[Any]:
-        return [x for x in rows[column] if x is None or x < 0] if readable and column in integers else []
+        return [x for x in rows[column][:] if x is None or x < 0] if readable and column in integers else []
 
     if label_column is None:
         # -1 stands for no label in many data sets.

@@ -7,7 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMParallelScheduler, DDPMScheduler, ImagePipelineOutput, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMParallelScheduler,
+    DDPMScheduler,
+    ImagePipelineOutput,
+    UnCLIPScheduler,
+    UNet2DModel,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -20,6 +27,7 @@ from .stepping import scaled_input, set_timesteps, step_arguments
 __all__ = ["ImageGenerationPipeline"]
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+LEARNING = (DDPMScheduler, DDPMParallelScheduler, UnCLIPScheduler)  # take a learned variance
 
 
 class ImageGenerationPipeline(SafePipeline):
@@ -274,11 +282,7 @@ class ImageGenerationPipeline(SafePipeline):
             prediction, output = self._guided(sample, t, labels, guidance_scale)
         # A learned variance stands behind the prediction; few schedulers know what to do with it.
         learned = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
-        if (
-            learned
-            and output.shape[1] > channels
-            and isinstance(self.scheduler, DDPMScheduler | DDPMParallelScheduler)
-        ):
+        if learned and output.shape[1] > channels and isinstance(self.scheduler, LEARNING):
             return torch.cat([prediction, output[:, channels:]], dim=1)
         return prediction
 
