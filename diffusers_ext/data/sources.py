@@ -428,11 +428,11 @@ def _columns(
         # -1 stands for no label in many data sets.
         declared = [n for n in ("label", "labels") if isinstance(features.get(n), datasets.ClassLabel)]
         label_column = next((n for n in declared if not unlabelled(n)), None)
+    elif bad := unlabelled(label_column):
+        raise ValueError(f"`label_column` must hold labels >= 0, got {label_column!r} with {bad[0]!r}.")
     classes = None
     if label_column is not None and label_column in features:
-        feature, bad = features[label_column], unlabelled(label_column)
-        if bad:
-            raise ValueError(f"`label_column` must hold labels >= 0, got {label_column!r} with {bad[0]!r}.")
+        feature = features[label_column]
         if isinstance(feature, datasets.ClassLabel):
             classes = list(feature.names)
         elif readable and label_column in integers:

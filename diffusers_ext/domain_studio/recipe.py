@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from diffusers_ext.data.sources import load_images
-from diffusers_ext.generation.latents import decoded, latent_moments, scaled_latents
+from diffusers_ext.generation.latents import decoded, latent_factor, latent_moments, scaled_latents
 from diffusers_ext.hub.card import RepoCard
 from diffusers_ext.hub.repo import save_lora_repo
 from diffusers_ext.training.config import described, require
@@ -184,7 +184,7 @@ class DomainStudioRecipe(Recipe[DomainStudioConfig]):
         require(kept is None or kept < length, "max_pair_timestep", kept, accepted)
         space = config.similarity_space
         require(space == "pixel" or model.vae is not None, "similarity_space", space, "'pixel' for a model of pixels")
-        factor = 1 if model.vae is None or space == "pixel" else 2 ** (len(model.vae.config.block_out_channels) - 1)
+        factor = 1 if space == "pixel" else latent_factor(model.vae)
         high = self.losses.weights["hf_pair_weight"] or self.losses.weights["hf_mse_weight"]
         accepted = "of even images, whose blocks of 2x2 give the high frequencies, or these without weight"
         require(not high or config.resolution // factor % 2 == 0, "resolution", config.resolution, accepted)

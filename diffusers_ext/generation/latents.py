@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 
-__all__ = ["decoded", "encoded", "full_precision", "latent_moments", "scaled_latents"]
+__all__ = ["decoded", "encoded", "full_precision", "latent_factor", "latent_moments", "scaled_latents"]
+
+
+def latent_factor(vae: Any) -> int:
+    """Returns how many times smaller latents are than their images, a side; 1 without an autoencoder."""
+    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def latent_moments(

@@ -18,7 +18,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from diffusers_ext.data.precomputed import PrecomputedDataset
-from diffusers_ext.generation.latents import decoded, latent_moments, scaled_latents
+from diffusers_ext.generation.latents import decoded, latent_factor, latent_moments, scaled_latents
 from diffusers_ext.generation.text import Encoders, encode, find_encoders
 from diffusers_ext.hub.card import RepoCard
 from diffusers_ext.training.config import described, require
@@ -153,9 +153,7 @@ class OMSRecipe(Recipe[OMSConfig]):
 
     def setup(self, ctx: Context[OMSConfig]) -> Modules:
         """Makes the module, for the space and the conditions of the base."""
-        config, factor = self.config, 1
-        if self.vae is not None:
-            factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        config, factor = self.config, latent_factor(self.vae)
         require(config.resolution % factor == 0, "resolution", config.resolution, f"a multiple of {factor}")
         channels = self.unet_config["in_channels"] if self.vae is None else self.vae.config.in_channels
         require(config.channels == channels, "channels", config.channels, f"{channels}, as the base takes")

@@ -19,7 +19,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from diffusers_ext.generation.latents import latent_moments, scaled_latents
+from diffusers_ext.generation.latents import latent_factor, latent_moments, scaled_latents
 from diffusers_ext.generation.pipeline import ImageGenerationPipeline
 from diffusers_ext.hub.card import RepoCard
 
@@ -195,7 +195,7 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
         config = self.config
         channels, size = config.channels, config.resolution
         if vae is not None:
-            channels, size = vae.config.latent_channels, size // 2 ** (len(vae.config.block_out_channels) - 1)
+            channels, size = vae.config.latent_channels, size // latent_factor(vae)
         fixed: dict[str, Any] = {"in_channels": channels, "out_channels": channels, "sample_size": size}
         self.null_class_label = self.data.num_classes if config.class_conditional else None
         if self.null_class_label is not None:
@@ -220,9 +220,7 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
         )
 
     def _check_size(self, unet: Any, vae: Any) -> None:
-        factor = 2 ** (len(unet.config.block_out_channels) - 1)
-        if vae is not None:
-            factor *= 2 ** (len(vae.config.block_out_channels) - 1)
+        factor = latent_factor(vae) * 2 ** (len(unet.config.block_out_channels) - 1)
         resolution = self.config.resolution
         require(
             resolution % factor == 0,

@@ -306,7 +306,6 @@ class Trainer:
 
     def _loop(self, signals: StopSignals) -> None:
         config, accelerator, ctx = self.config, self.accelerator, self.ctx
-        sums, micro_steps = self._sums, self._summed
         timed, since = 0, time.perf_counter()
         for batch in self._loader() if self.step < self.total_steps else ():
             first = self._micro_step * self._micro_batch + self.rng.rank * config.train_batch_size
@@ -323,8 +322,8 @@ class Trainer:
                 self.optimizer.zero_grad()
             for name, value in {"loss": output.loss, **output.logs}.items():
                 value = value.detach()
-                sums[name] = sums[name] + value if name in sums else value
-            micro_steps += 1
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._summed += 1
             timed += 1
             self._micro_step += 1
             if not accelerator.sync_gradients:
@@ -335,12 +334,10 @@ class Trainer:
                 if self.ema is not None:
                     self.ema.step(self.parameters)
             self.step += 1
-            self._sums, self._summed = sums, micro_steps
             if self.step % config.logging_steps == 0 or self.step == self.total_steps:
                 seconds = max(time.perf_counter() - since - self._paused, 1e-9)
-                self._log(sums, micro_steps, timed * self._micro_batch / seconds)
-                sums, micro_steps, timed, since, self._paused = {}, 0, 0, time.perf_counter(), 0.0
-            self._sums, self._summed = sums, micro_steps
+                self._log(timed * self._micro_batch / seconds)
+                timed, since, self._paused = 0, time.perf_counter(), 0.0
             self._call("on_step_end")
             self._stopped = self._stop_requested(signals)
             if self.step % config.checkpointing_steps == 0 or self.step == self.total_steps or self._stopped:
@@ -358,17 +355,17 @@ class Trainer:
             self.accelerator.set_trigger()
         return bool(self.accelerator.check_trigger())
 
-    def _over_processes(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _over_processes(self) -> dict[str, torch.Tensor]:
         """Averages the sums of all processes."""
-        if not sums:
+        if not self._sums:
             return {}
-        means: Any = self.accelerator.reduce(torch.stack([value.float() for value in sums.values()]), "mean")
-        return dict(zip(sums, means, strict=True))
+        means: Any = self.accelerator.reduce(torch.stack([value.float() for value in self._sums.values()]), "mean")
+        return dict(zip(self._sums, means, strict=True))
 
-    def _log(self, sums: dict[str, torch.Tensor], micro_steps: int, images_per_second: float) -> None:
-        means = torch.stack([*self._over_processes(sums).values()]) / micro_steps
+    def _log(self, images_per_second: float) -> None:
+        means = torch.stack([*self._over_processes().values()]) / self._summed
         values: list[float] = means.tolist()
-        logs = dict(zip(sums, values, strict=True))
+        logs = dict(zip(self._sums, values, strict=True))
         self._last_loss = logs["loss"]
         if not math.isfinite(self._last_loss):
             raise self._diverged(f"the loss is {self._last_loss}")
@@ -390,7 +387,7 @@ class Trainer:
     # -- saving ----------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        sums = self._over_processes(self._sums)
+        sums = self._over_processes()
         # A checkpoint may push out the last good one: it is not written after a loss or an update went wrong.
         if sums and not torch.isfinite(sums["loss"]):
             raise self._diverged(f"the loss is {float(sums['loss'])}")

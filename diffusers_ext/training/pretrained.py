@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
+from diffusers_ext.generation.latents import latent_factor
 from diffusers_ext.generation.stepping import set_timesteps
 
 from .config import require
@@ -59,8 +60,7 @@ def check_image_size(unet: Any, vae: Any, resolution: int, channels: int) -> Non
     Raises:
         ValueError: it generates others; the message names `resolution`, `channels`, or the model's argument.
     """
-    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-    size = unet.config.sample_size
+    factor, size = latent_factor(vae), unet.config.sample_size
     size = [size, size] if isinstance(size, int) else list(size or [])
     if len(set(size)) != 1:
         raise ValueError(
@@ -167,11 +167,8 @@ def load_denoiser(name: str, learned_variance: bool = False) -> Denoiser:
             "`pretrained_model_name_or_path` must consist of a `unet`, a `scheduler` and perhaps an `AutoencoderKL` "
             f"as `vae`, got {name!r} with {found}."
         )
-    scale, inputs, outputs = (
-        pipeline.config.get("image_scale", 1.0),
-        unet.config["in_channels"],
-        unet.config["out_channels"],
-    )
+    scale = pipeline.config.get("image_scale", 1.0)
+    inputs, outputs = unet.config["in_channels"], unet.config["out_channels"]
     schedule: Any = pipeline.scheduler  # type: ignore[attr-defined]
     # A range is what Diffusers' samplers make of it, unless the scheduler says that the output is the variance itself.
     discrete = hasattr(schedule, "alphas_cumprod") and schedule.config.get("variance_type") != "learned"
@@ -184,4 +181,4 @@ def load_denoiser(name: str, learned_variance: bool = False) -> Denoiser:
             f"{outputs} output channels for {inputs}."
         )
     check_schedule(schedule, name)
-    return Denoiser(unet, schedule, vae, scale, pipeline.config.get("null_class_label"))  # type: ignore[attr-defined]
+    return Denoiser(unet, schedule, vae, scale, pipeline.config.get("null_class_label"))

@@ -174,15 +174,11 @@ def test_text_at_weight_zero_is_dreambooth(folder, tmp_path):
 def test_the_source_stays_and_the_pair_loss_begins_at_zero(folder, tmp_path, make):
     # Adapted and source are the same network at first; under one prompt they see the same.
     prompts = {"class_prompt": "a red cat", "class_data_dir": str(tmp_path / "c")} if make is text_config else {}
-    logs = []
-
-    class Logs(Record):
-        def on_log(self, trainer, values):
-            logs.append(values)
-
     values = make(folder, tmp_path / "out", max_train_steps=3, learning_rate=1e-2, **prompts)
-    trainer = Trainer(values, DomainStudioRecipe(values), [Logs()])
+    record = Record()
+    trainer = Trainer(values, DomainStudioRecipe(values), [record])
     trainer.train()
+    logs = record.logs
     assert abs(logs[0]["pair"]) < 1e-5
     assert abs(logs[0]["hf_pair"]) < 1e-5
     assert logs[-1]["pair"] > 0
@@ -226,15 +222,10 @@ def test_a_turned_off_lora_is_the_source(folder, tmp_path):
     """The pair terms of a step with LoRA equal those with a copy of the network."""
     first = {}
     for lora in (False, True):
-        logs = []
-
-        class Logs(Record):
-            def on_log(self, trainer, values, logs=logs):
-                logs.append(values)
-
+        record = Record()
         values = text_config(folder, tmp_path / str(lora), use_lora=lora, max_train_steps=1)
-        Trainer(values, DomainStudioRecipe(values), [Logs()]).train()
-        first[lora] = logs[0]
+        Trainer(values, DomainStudioRecipe(values), [record]).train()
+        first[lora] = record.logs[0]
     for name in ("denoising", "prior", "pair", "hf_pair", "hf_mse"):
         assert first[True][name] == pytest.approx(first[False][name], rel=1e-4, abs=1e-6)
 
@@ -407,16 +398,12 @@ def test_the_source_is_not_written_over(folder):
 
 def test_the_limit_on_pairs_counts_in_the_network_s_timesteps(folder, tmp_path):
     """A flow at 100 of 1000 is at noise level 0.1: with the limit below all levels no pair is left."""
-    logs = []
-
-    class Logs(Record):
-        def on_log(self, trainer, values):
-            logs.append(values["pair"])
-
+    record = Record()
     for limit in (0, 999):
         values = config(folder, tmp_path / str(limit), pretrained_model_name_or_path=str(folder / "flow"))
         values = dataclasses.replace(values, max_pair_timestep=limit, max_train_steps=2, learning_rate=1e-2)
-        Trainer(values, DomainStudioRecipe(values), [Logs()]).train()
+        Trainer(values, DomainStudioRecipe(values), [record]).train()
+    logs = [entry["pair"] for entry in record.logs]
     assert logs[:2] == [0, 0]
     assert logs[3] > 0
 

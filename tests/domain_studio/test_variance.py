@@ -91,12 +91,6 @@ def test_a_model_that_learns_its_variance_is_adapted_and_sampled(tmp_path):
     np.savez(tmp_path / "ten.npz", images=images)
     source = network(out_channels=2)
     save_repo(ImageGenerationPipeline(source, DDPMScheduler(variance_type="learned_range")), tmp_path / "base")
-    logs = []
-
-    class Logs(Record):
-        def on_log(self, trainer, values):
-            logs.append(values)
-
     config = DomainStudioConfig(
         **{**COMMON, "max_train_steps": 30, "learning_rate": 1e-2},
         pretrained_model_name_or_path=str(tmp_path / "base"),
@@ -105,7 +99,9 @@ def test_a_model_that_learns_its_variance_is_adapted_and_sampled(tmp_path):
         resolution=8,
         channels=1,
     )
-    Trainer(config, DomainStudioRecipe(config), [Logs()]).train()
+    record = Record()
+    Trainer(config, DomainStudioRecipe(config), [record]).train()
+    logs = record.logs
     bounds = [entry["vlb"] for entry in logs]
     assert np.mean(bounds[-10:]) < np.mean(bounds[:10])
     assert logs[0]["pair"] == pytest.approx(0, abs=1e-5)

@@ -56,7 +56,8 @@ class Record(Callback):
     """Keeps the losses, and can send this process a signal after a step."""
 
     def __init__(self, signal_at=None, number=signal.SIGTERM):
-        self.losses, self.rates, self.signal_at, self.number = [], [], signal_at, number
+        self.losses, self.rates, self.logs = [], [], []
+        self.signal_at, self.number = signal_at, number
 
     def on_step_end(self, trainer):
         if trainer.step == self.signal_at:
@@ -65,6 +66,7 @@ class Record(Callback):
     def on_log(self, trainer, logs):
         self.losses.append(logs["loss"])
         self.rates.append(logs["lr"])
+        self.logs.append(logs)
 
 
 def run(data, output_dir, *, callback=None, **changes):
