@@ -59,7 +59,7 @@ def small_unet(size, channels, blocks, groups):
 
 
 def write_result(name, command, figures, seeds, seconds, table=None):
-    """Writes benchmarks/results/{name}.json and prints the figures; `table` as in report.py."""
+    """Writes benchmarks/results/{name}.json, such as "oms/overhead", and prints the figures; `table`: see report.py."""
     result = {
         "name": name,
         "command": command,
@@ -75,8 +75,8 @@ def write_result(name, command, figures, seeds, seconds, table=None):
     }
     if table is not None:
         result["table"] = table
-    RESULTS.mkdir(exist_ok=True)
     partial = RESULTS / f"{name}.json.tmp"
+    partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text(json.dumps(result, indent=1) + "\n")
     partial.replace(RESULTS / f"{name}.json")
     for key, entry in figures.items():

@@ -4,8 +4,8 @@ README.md gets every figure that has a goal, docs/results.md the tables of the e
 figures make up a table: `"table": {"of": head of the first column, "rows": {key: title}, "columns": {key: title}}`;
 a cell is the figure `{column key}_{row key}`.
 
-python benchmarks/report.py           # rewrites them
-python benchmarks/report.py --check   # fails if they differ
+python -m benchmarks.report           # rewrites them
+python -m benchmarks.report --check   # fails if they differ
 """
 
 import argparse
@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-START, END = "<!-- results: python benchmarks/report.py -->\n", "<!-- end of results -->\n"
+START, END = "<!-- results: python -m benchmarks.report -->\n", "<!-- end of results -->\n"
 
 
 def shown(entry):
@@ -73,7 +73,7 @@ def declared(result):
 
 def texts():
     """Returns, for each file, what stands between its markers."""
-    results = [json.loads(p.read_text()) for p in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
+    results = [json.loads(p.read_text()) for p in sorted((ROOT / "benchmarks" / "results").glob("*/*.json"))]
     parts = [distances(r) for r in results if any(name.startswith("fd_nfe") for name in r["figures"])]
     parts += [declared(r) for r in results if "table" in r]
     return {
@@ -91,7 +91,7 @@ def main():
         before, rest = text.split(START)
         new = before + START + tables + END + rest.split(END)[1]
         if args.check and new != text:
-            raise SystemExit(f"{name} differs from benchmarks/results: run python benchmarks/report.py")
+            raise SystemExit(f"{name} differs from benchmarks/results: run python -m benchmarks.report")
         (ROOT / name).write_text(new)
 
 

@@ -1,6 +1,6 @@
 """Real images of 16x16 pixels, small models of them, and the features to judge by: what two experiments start from.
 
-    python benchmarks/small_models.py     # an hour on one core
+    python -m benchmarks.small_models     # an hour on one core
 
 Digits are MNIST's; photographs are patches cut out of pictures that ship with packages, labelled by their picture.
 Everything is made once and kept in runs/small_models; a model whose training was interrupted goes on.

@@ -55,17 +55,19 @@ def test_public_names_are_documented(name):
 
 def test_readme_tables_are_those_of_the_results():
     run = subprocess.run(
-        [sys.executable, "benchmarks/report.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "benchmarks.report", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "results").glob("*/*.json")), ids=lambda p: f"{p.parent.name}/{p.stem}"
+)
 def test_results_are_whole(path):
     result = json.loads(path.read_text())
-    assert result["name"] == path.stem
-    script = result["command"].split()[1]
-    assert (ROOT / script).is_file()
+    assert result["name"] == f"{path.parent.name}/{path.stem}"
+    module = result["command"].split()[2]
+    assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()
     for figure in result["figures"].values():
         assert isinstance(figure["value"], float | int)
         assert re.fullmatch(r"(<=|>=|<|>) [\d.]+", figure.get("goal", "<= 0"))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, default_collate
 
-from diffusers_ext.training.rng import PERMUTATION, SAMPLE, mix
+from diffusers_ext.rng import PERMUTATION, SAMPLE, mix
 
 __all__ = ["PositionalBatchSampler", "SeededDataset", "StreamingBatches"]
 

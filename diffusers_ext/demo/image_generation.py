@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from diffusers_ext.data.digits import ASSETS, CLASSIFIER, DIGITS
 from diffusers_ext.data.sources import ImageDataset, load_images
 from diffusers_ext.generation.pipeline import ImageGenerationPipeline
-from diffusers_ext.immiscible.recipe import ImmiscibleConfig, ImmiscibleRecipe
+from diffusers_ext.methods.immiscible.recipe import ImmiscibleConfig, ImmiscibleRecipe
 from diffusers_ext.metrics.features import ImageClassifierFeatures, extract_features
 from diffusers_ext.metrics.frechet import frechet_distance
 from diffusers_ext.training.engine import Trainer

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from diffusers_ext.data.digits import ASSETS, DIGITS
-from diffusers_ext.noise_diffusion.base import METHODS
-from diffusers_ext.noise_diffusion.pipeline import NoiseDiffusionPipeline
+from diffusers_ext.methods.noise_diffusion.base import METHODS
+from diffusers_ext.methods.noise_diffusion.pipeline import NoiseDiffusionPipeline
 
 __all__ = ["noise_diffusion"]
 

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from scipy.stats import wasserstein_distance
 
 from diffusers_ext.data.digits import ASSETS
-from diffusers_ext.oms.pipeline import OMSPipeline
+from diffusers_ext.methods.oms.pipeline import OMSPipeline
 
 from .drawing import grid, histogram, titled
 

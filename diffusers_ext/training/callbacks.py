@@ -6,50 +6,66 @@ import json
 import os
 import time
 import warnings
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .rng import mix
+from diffusers_ext.rng import mix
 
-if TYPE_CHECKING:
-    from .engine import Trainer
-
-__all__ = ["Callback", "MetricsLog", "ProgressBar", "Trackers", "Validation", "image_grid"]
+__all__ = ["Callback", "MetricsLog", "ProgressBar", "Run", "Trackers", "Validation", "image_grid"]
 
 VALIDATION = 5
+
+
+class Run(Protocol):
+    """What a callback may use of the `Trainer`."""
+
+    step: int
+    total_steps: int
+    config: Any
+    recipe: Any
+    accelerator: Any
+    callbacks: list[Callback]
+
+    def pause(self, seconds: float) -> None:
+        """Takes time that was not spent on training out of the speed shown."""
+
+    def exported_pipeline(self) -> AbstractContextManager[Any]:
+        """Gives the pipeline with the weights that would be saved now; `None` on all but the main process."""
+        ...
 
 
 class Callback:
     """Hooks of the training loop; every process calls them, at the same points.
 
-    All take the `Trainer`, whose `step`, `config`, `accelerator` and `recipe` they may read.
+    All take the `Trainer`, of which they may use what `Run` lists.
     """
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Run) -> None:
         """Before the first update, after a checkpoint was loaded."""
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: Run) -> None:
         """After every update."""
 
-    def on_log(self, trainer: Trainer, logs: dict[str, float]) -> None:
+    def on_log(self, trainer: Run, logs: dict[str, float]) -> None:
         """Every `logging_steps` updates, with means since the last call."""
 
-    def on_validate(self, trainer: Trainer, images: list[Image.Image]) -> None:
+    def on_validate(self, trainer: Run, images: list[Image.Image]) -> None:
         """After validation pictures were drawn; `images` is empty on all but the main process."""
 
-    def on_save(self, trainer: Trainer, checkpoint: Path) -> None:
+    def on_save(self, trainer: Run, checkpoint: Path) -> None:
         """After a checkpoint was written."""
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Run) -> None:
         """At the end, also when a signal stopped the run."""
 
 
-def draw_pictures(trainer: Trainer, pipeline: Any, stream: int) -> list[Image.Image]:
+def draw_pictures(trainer: Run, pipeline: Any, stream: int) -> list[Image.Image]:
     """Draws the recipe's pictures; what goes wrong is a warning, since pictures are no reason to lose a run."""
     generator = torch.Generator().manual_seed(mix(trainer.config.seed, stream))
     try:
@@ -70,7 +86,7 @@ def image_grid(images: list[Image.Image]) -> Image.Image:
 class ProgressBar(Callback):
     """A bar with loss, learning rate, images per second and time left, on the main process."""
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Run) -> None:
         self.bar = tqdm(
             total=trainer.total_steps,
             initial=trainer.step,
@@ -79,22 +95,22 @@ class ProgressBar(Callback):
             disable=not trainer.accelerator.is_main_process,
         )
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: Run) -> None:
         self.bar.update()
 
-    def on_log(self, trainer: Trainer, logs: dict[str, float]) -> None:
+    def on_log(self, trainer: Run, logs: dict[str, float]) -> None:
         self.bar.set_postfix_str(
             f"loss {logs['loss']:.4f}, lr {logs['lr']:.2e}, {logs['images_per_second']:.0f} images/s", refresh=False
         )
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Run) -> None:
         self.bar.close()
 
 
 class MetricsLog(Callback):
     """`metrics.jsonl` in the run's folder, one object per log; a resumed run cuts what lies after its checkpoint."""
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Run) -> None:
         self.path = Path(trainer.config.output_dir) / "metrics.jsonl"
         if not trainer.accelerator.is_main_process:
             return
@@ -104,7 +120,7 @@ class MetricsLog(Callback):
         partial.write_text("".join(line + "\n" for line in whole))
         os.replace(partial, self.path)
 
-    def on_log(self, trainer: Trainer, logs: dict[str, float]) -> None:
+    def on_log(self, trainer: Run, logs: dict[str, float]) -> None:
         if trainer.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": trainer.step, **logs}) + "\n")
@@ -113,15 +129,15 @@ class MetricsLog(Callback):
 class Trackers(Callback):
     """The trackers of `--report_to`, through accelerate."""
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Run) -> None:
         # Trackers' hyperparameter tables take scalars only.
         flat = {k: v if isinstance(v, int | float | str) else str(v) for k, v in trainer.config.to_dict().items()}
         trainer.accelerator.init_trackers(trainer.config.tracker_project_name, config=flat)
 
-    def on_log(self, trainer: Trainer, logs: dict[str, float]) -> None:
+    def on_log(self, trainer: Run, logs: dict[str, float]) -> None:
         trainer.accelerator.log(logs, step=trainer.step)
 
-    def on_validate(self, trainer: Trainer, images: list[Image.Image]) -> None:
+    def on_validate(self, trainer: Run, images: list[Image.Image]) -> None:
         import numpy as np
 
         if not images:
@@ -134,7 +150,7 @@ class Trackers(Callback):
                 module = __import__(tracker.name)
                 tracker.log({"validation": [module.Image(a) for a in arrays]}, step=trainer.step)
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Run) -> None:
         trainer.accelerator.end_training()
 
 
@@ -144,14 +160,14 @@ class Validation(Callback):
     They have a generator of their own, and every training step seeds the global ones: training does not notice.
     """
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: Run) -> None:
         every = trainer.config.validation_steps
         if every and trainer.step % every == 0:
             images = self.draw(trainer)
             for callback in trainer.callbacks:
                 callback.on_validate(trainer, images)
 
-    def draw(self, trainer: Trainer) -> list[Image.Image]:
+    def draw(self, trainer: Run) -> list[Image.Image]:
         """Draws and saves the pictures of this step; returns them on the main process."""
         images: list[Image.Image] = []
         with trainer.exported_pipeline() as pipeline:

@@ -1,7 +1,7 @@
 """The training loop that every method shares.
 
 A run is a function of its arguments: every random number follows from the seed and the position
-(`diffusers_ext.training.rng`), and the position is one integer. A checkpoint therefore holds weights, optimizer,
+(`diffusers_ext.rng`), and the position is one integer. A checkpoint therefore holds weights, optimizer,
 learning-rate schedule, average and that integer, and a resumed run equals an uninterrupted one bit for bit on the
 same number of processes.
 """
@@ -26,12 +26,12 @@ from torch.utils.data import DataLoader
 
 from diffusers_ext.data.sampler import PositionalBatchSampler, SeededDataset, StreamingBatches
 from diffusers_ext.hub.repo import push_repo
+from diffusers_ext.rng import StepRNG, mix
 
 from .callbacks import Callback, default_callbacks, draw_pictures, image_grid
 from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainConfig, require
 from .recipe import Context, Modules, Recipe
-from .rng import StepRNG, mix
 from .signals import StopSignals
 from .weights import Ema, all_finite, copy_full_, full_tensor
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from accelerate import Accelerator
 
-from .rng import StepRNG
+from diffusers_ext.rng import StepRNG
 
 __all__ = ["NOISE_STRATEGIES", "GaussianNoise", "NoiseStrategy", "make_noise", "offset_noise"]
 

@@ -13,9 +13,9 @@ from PIL import Image
 
 from diffusers_ext.hub.card import RepoCard
 from diffusers_ext.hub.repo import save_repo
+from diffusers_ext.rng import StepRNG
 
 from .config import TrainConfig
-from .rng import StepRNG
 
 __all__ = ["Context", "Modules", "Recipe", "Sample", "StepOutput"]
 

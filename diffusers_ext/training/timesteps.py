@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .rng import StepRNG
+from diffusers_ext.rng import StepRNG
 
 __all__ = ["LogitNormalTimesteps", "Timesteps", "UniformTimesteps"]
 

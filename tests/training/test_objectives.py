@@ -5,9 +5,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffusers_ext import EpsX0V, FlowMatching, StepRNG
+from diffusers_ext.rng import mix
 from diffusers_ext.training.noise import GaussianNoise
 from diffusers_ext.training.objectives import snr_weights
-from diffusers_ext.training.rng import mix
 from diffusers_ext.training.timesteps import LogitNormalTimesteps, UniformTimesteps
 
 

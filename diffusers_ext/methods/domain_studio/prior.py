@@ -1,0 +1,87 @@
+"""Few images to adapt to, beside images of their class that keep the model from forgetting it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from diffusers_ext.data.sources import SUFFIXES
+from diffusers_ext.rng import mix
+
+__all__ = ["PairedDataset", "class_images"]
+
+CLASS_IMAGE = 7
+
+
+class PairedDataset:
+    """The images to adapt to, each with an image of the class; the latter are taken in turn, or drawn.
+
+    Args:
+        instances: a map-style data set of `load_images`' kind.
+
+    Attributes:
+        classes: likewise, to be set before the first `get`.
+    """
+
+    def __init__(self, instances: Any) -> None:
+        self.instances, self.classes = instances, None
+
+    def __len__(self) -> int:
+        """Returns the number of images to adapt to."""
+        return len(self.instances)
+
+    def get(self, index: int, generator: torch.Generator | None = None) -> dict[str, Any]:
+        """Returns an image as `pixel_values` and one of the class as `class_pixel_values`."""
+        classes: Any = self.classes
+        other = int(torch.randint(len(classes), (1,), generator=generator))
+        item = self.instances.get(index, generator)
+        return {**item, "class_pixel_values": classes.get(other, generator)["pixel_values"]}
+
+
+def class_images(
+    pipeline: Any, prompt: str, folder: str | os.PathLike, count: int, batch_size: int, seed: int
+) -> None:
+    """Generates images of a class until a folder holds enough; an interrupted start goes on where it stopped.
+
+    Args:
+        pipeline: a text-to-image pipeline.
+        prompt: the class.
+        folder: where the images are; other files in it do not count.
+        count: how many there must be.
+        batch_size: images at a time.
+        seed: image `i` depends on it and on `i` alone.
+
+    Raises:
+        ValueError: the folder's images were generated for another class.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    note = target / "class_prompt.txt"
+    if note.is_file() and note.read_text(encoding="utf-8") != prompt:
+        found = note.read_text(encoding="utf-8")
+        accepted = f"a folder without images of another class than {prompt!r}"
+        raise ValueError(f"`class_data_dir` must be {accepted}, got {str(folder)!r} with images of {found!r}.")
+    present = sum(path.suffix.lower() in SUFFIXES for path in target.rglob("*"))
+    missing = [i for i in range(count) if not (target / f"{i:05d}.png").is_file()][: max(0, count - present)]
+    if missing:
+        note.write_text(prompt, encoding="utf-8")
+    pipeline.set_progress_bar_config(disable=True)
+    # A safety checker would put black images among them.
+    checker, pipeline.safety_checker = pipeline.safety_checker, None
+    steps = min(20, pipeline.scheduler.config.num_train_timesteps)
+    with tqdm(total=len(missing), desc="class images", unit="image", disable=not missing) as bar:
+        for start in range(0, len(missing), batch_size):
+            part = missing[start : start + batch_size]
+            generators = [torch.Generator().manual_seed(mix(seed, CLASS_IMAGE, i)) for i in part]
+            images = pipeline([prompt] * len(part), num_inference_steps=steps, generator=generators).images
+            for i, image in zip(part, images, strict=True):
+                partial = target / f"{i:05d}.tmp"
+                image.save(partial, format="PNG")
+                os.replace(partial, target / f"{i:05d}.png")
+                bar.update()
+    # By plain assignment the pipeline would be saved without it.
+    pipeline.register_modules(safety_checker=checker)

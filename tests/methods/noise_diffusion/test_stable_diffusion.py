@@ -1,0 +1,244 @@
+"""Stable Diffusion and XL: prompts, guidance, what the network is asked, and the sampler they come from."""
+
+import pytest
+import torch
+from diffusers import PNDMScheduler
+
+from diffusers_ext import StableDiffusionNoiseDiffusionPipeline, StableDiffusionXLNoiseDiffusionPipeline, noise_levels
+from tests.methods.oms.tiny import quiet, stable_diffusion, stable_diffusion_xl
+
+
+def sd(**parts):
+    components = {**stable_diffusion().components, **parts}
+    return quiet(StableDiffusionNoiseDiffusionPipeline(**components, requires_safety_checker=False))
+
+
+def xl():
+    pipeline = quiet(
+        StableDiffusionXLNoiseDiffusionPipeline(**stable_diffusion_xl().components, add_watermarker=False)
+    )
+    return pipeline
+
+
+KINDS = {"sd": sd, "xl": xl}
+A, B, C = torch.rand(3, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+QUICK = {"num_inference_steps": 10, "output_type": "latent"}
+
+
+def record(pipeline):
+    """Records batch size and text of every call of the network."""
+    calls, forward = [], pipeline.unet.forward
+
+    def recorded(sample, timestep, encoder_hidden_states, **kwargs):
+        calls.append((len(sample), int(timestep), encoder_hidden_states.clone()))
+        return forward(sample, timestep, encoder_hidden_states=encoder_hidden_states, **kwargs)
+
+    pipeline.unet.forward = recorded
+    return calls
+
+
+def embed(pipeline, text):
+    return pipeline.encode_prompt(text, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_of_the_network(kind):
+    """2 K calls for any number of frames; guidance doubles the batch, not the calls; text goes from end to end."""
+    pipeline = KINDS[kind]()
+    calls = record(pipeline)
+    pipeline(A, B, "a cat", "a dog", num_frames=3, **QUICK)
+    assert [batch for batch, _, _ in calls] == [2] * 7 + [6] * 7
+    cat, dog = embed(pipeline, "a cat"), embed(pipeline, "a dog")
+    assert (cat - dog).abs().max() > 0.01
+    torch.testing.assert_close(calls[0][2], torch.cat([cat, dog]), atol=1e-6, rtol=0)
+    frames = torch.cat([0.75 * cat + 0.25 * dog, 0.5 * (cat + dog), 0.25 * cat + 0.75 * dog])
+    torch.testing.assert_close(calls[7][2][3:], frames, atol=1e-6, rtol=1e-6)
+    null = embed(pipeline, "") if kind == "sd" else torch.zeros_like(cat)  # XL's empty text is zeros
+    torch.testing.assert_close(calls[7][2][:3], null.expand(3, -1, -1), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_guidance_is_the_combination_of_both_branches(kind):
+    """g frames are null + g (told - null) at every step: linear in g after a single step."""
+    pipeline = KINDS[kind]()
+    options = {"num_inference_steps": 2, "strength": 0.5, "output_type": "latent", "num_frames": 2}
+
+    def frames(scale):
+        return pipeline(A, B, "a cat", "a dog", negative_prompt="fog", guidance_scale=scale, **options).images
+
+    null, told = frames(0.0), frames(1.0)
+    assert (null - told).abs().max() > 1e-4
+    torch.testing.assert_close(frames(5.0), null + 5 * (told - null), atol=1e-4, rtol=1e-4)
+
+
+def test_the_end_is_reproduced_where_nothing_changes_it():
+    """The same guidance both ways, no injection, no clipping, and an inversion that is exact."""
+    pipeline = sd()
+    found = pipeline(
+        A, B, "a cat", "a dog", guidance_scale=3.0, inversion_guidance_scale=3.0, weights=[0.0], injection=1.0,
+        boundary=None, fixed_point_iterations=10, num_inference_steps=40, output_type="latent",
+    ).images  # fmt: skip
+    with torch.no_grad():
+        clean = pipeline.vae.encode(A[None] * 2 - 1).latent_dist.mean * pipeline.vae.config.scaling_factor
+    torch.testing.assert_close(found, clean, atol=1e-3, rtol=0)
+    assert clean.abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_decoding_is_that_of_stable_diffusion():
+    """From the states of a full-strength call on, the frames are what Diffusers' own pipeline draws."""
+    base, states = stable_diffusion(), {}
+    pipeline = quiet(StableDiffusionNoiseDiffusionPipeline(**base.components, requires_safety_checker=False))
+
+    def keep(pipe, step, timestep, tensors):
+        states[step] = tensors["latents"].clone()
+        return {}
+
+    options = {"num_inference_steps": 5, "guidance_scale": 4.0, "negative_prompt": "fog"}
+    found = pipeline(
+        A, B, "a cat", weights=[0.0], injection=1.0, boundary=None, strength=1.0, output_type="pt",
+        callback_on_step_end=keep, **options,
+    )  # fmt: skip
+    expected = base("a cat", latents=states[4][:1], output_type="pt", **options).images
+    torch.testing.assert_close(found.images, expected, atol=1e-4, rtol=0)
+
+
+def test_prompts_embeddings_and_batches():
+    pipeline = sd()
+    quick = {**QUICK, "guidance_scale": 2.0}
+    path = pipeline([A, B, C], prompt=["a", "b", "c"], num_frames=2, **quick)
+    pairs = pipeline([A, B], [B, C], ["a", "b"], ["b", "c"], num_frames=2, **quick)
+    torch.testing.assert_close(path.images, pairs.images, atol=5e-5, rtol=0)
+    chunked = pipeline([A, B, C], prompt=["a", "b", "c"], num_frames=2, frame_batch_size=3, **quick)
+    torch.testing.assert_close(path.images, chunked.images, atol=5e-5, rtol=0)
+    embeds = torch.cat([embed(pipeline, text) for text in "abc"]).detach()
+    given = pipeline(
+        [A, B, C], prompt_embeds=embeds, negative_prompt_embeds=embed(pipeline, "").detach(), num_frames=2, **quick
+    )
+    torch.testing.assert_close(given.images, path.images, atol=5e-5, rtol=0)
+    arc = pipeline([A, B, C], prompt=["a", "b", "c"], num_frames=2, prompt_interpolation="slerp", **quick)
+    assert (arc.images - path.images).abs().max() > 1e-4
+
+
+def test_xl_embeddings():
+    """The network is told the same by embeddings as by prompts, pooled ones and sizes too."""
+    pipeline, told = xl(), []
+    forward = pipeline.unet.forward
+
+    def recorded(sample, timestep, encoder_hidden_states, added_cond_kwargs, **kwargs):
+        told.append([encoder_hidden_states, added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]])
+        return forward(sample, timestep, encoder_hidden_states, added_cond_kwargs=added_cond_kwargs, **kwargs)
+
+    pipeline.unet.forward = recorded
+    pipeline(A, B, "a cat", negative_prompt="fog", num_frames=2, **QUICK)
+    texts = (t.detach() for t in pipeline.encode_prompt("a cat", negative_prompt="fog"))
+    names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
+    pipeline(A, B, num_frames=2, **dict(zip(names, texts, strict=True)), **QUICK)
+    for by_prompt, by_embeds in zip(told[:14], told[14:], strict=True):
+        for expected, found in zip(by_prompt, by_embeds, strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert told[7][2].tolist() == [[16, 24, 0, 0, 16, 24]] * 4
+
+
+def test_the_posterior_is_drawn_by_the_generator():
+    pipeline = sd()
+
+    def inverted(**options):
+        return pipeline(A, B, num_frames=1, **options, **QUICK).diagnostics["inverted"].rms
+
+    mean = inverted()
+    first, again, other = (
+        inverted(sample_posterior=True, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, mean)
+
+
+def test_half_precision_with_a_vae_that_overflows():
+    pipeline = sd()
+    options = {"num_frames": 2, "num_inference_steps": 4, "output_type": "pt", "guidance_scale": 2.0}
+    expected = pipeline(A, B, "a cat", **options).images
+    half, seen = pipeline.to(torch.float16), []
+    half.vae.register_to_config(force_upcast=True)
+    decode = half.vae.decode
+    half.vae.decode = lambda z, **kwargs: (seen.append(z.dtype), decode(z, **kwargs))[1]
+    found = half(A, B, "a cat", **options).images
+    assert seen == [torch.float32]
+    assert half.vae.dtype == torch.float16
+    torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0)
+
+
+def test_flagged_frames_are_reported():
+    class Checker(torch.nn.Module):
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def forward(self, images, clip_input):
+            return torch.zeros_like(images), [False, True]
+
+    pipeline = sd()
+    pipeline.safety_checker, pipeline.feature_extractor = Checker(), Features()
+    found = pipeline(A, B, num_frames=2, num_inference_steps=4, output_type="pt")
+    assert found.nsfw_content_detected == [False, True]
+    assert not found.images[1].any()  # black
+    assert (found.images[0] == 0.5).all()  # zero in [-1, 1]
+
+
+class Features:
+    """Stands for the checker's image processor."""
+
+    def __call__(self, images, return_tensors):
+        return self
+
+    def to(self, device):
+        self.pixel_values = torch.zeros(1)
+        return self
+
+
+def test_levels_of_the_reference_settings():
+    levels = noise_levels(sd().scheduler, 200, 0.7)
+    assert (len(levels.timesteps), levels.timesteps[-1]) == (140, 696)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": ["a", "b"]}, r"`prompt` must be one text or 1, one per image, got \['a', 'b'\]"),
+        ({"prompt_1": ["a", "b"]}, "`prompt_1` must be one text or 1"),
+        ({"prompt": 3}, "`prompt` must be one text or 1"),
+        ({"prompt_embeds": torch.zeros(3, 12, 8)}, "`prompt_embeds` must be a tensor whose first dimension is 1 or 2"),
+        ({"prompt": "a", "prompt_embeds": torch.zeros(2, 12, 8)}, "`prompt` and `prompt_1` must be left out where"),
+        ({"negative_prompt": ["a"]}, r"`negative_prompt` must be one text, got \['a'\]"),
+        (
+            {"prompt_embeds": torch.zeros(2, 12, 8), "negative_prompt_embeds": torch.zeros(1, 9, 8)},
+            r"`negative_prompt_embeds` must have the shape \(1, \(12, 8\)\)",
+        ),
+        ({"pooled_prompt_embeds": torch.zeros(2, 8)}, "`pooled_prompt_embeds` must be left out: only Stable Diff"),
+        ({"image_1": None, "image_0": [A, B], "prompt_1": "a"}, "`prompt_1` must be left out on a path"),
+        ({"guidance_scale": -1.0}, "`guidance_scale` must be a number >= 0, got -1.0"),
+        ({"prompt_interpolation": "cubic"}, "`prompt_interpolation` must be 'lerp' or 'slerp', got 'cubic'"),
+        ({"image_0": torch.rand(3, 15, 24)}, "`image_0` must have a height and width divisible by 2, got 15 x 24"),
+        (
+            {"sample_posterior": True, "generator": [torch.Generator()]},
+            "`generator` must be one generator where `sample_posterior` is on",
+        ),
+        ({"strength": 0.01}, "`strength` must give at least one of 10 steps"),
+    ],
+)
+def test_refusals_come_before_any_work(change, message):
+    pipeline = sd()
+    calls = record(pipeline)
+    encode, encoded = pipeline.vae.encode, []
+    pipeline.vae.encode = lambda *args: (encoded.append(1), encode(*args))[1]
+    with pytest.raises(ValueError, match=message):
+        pipeline(**{"image_0": A, "image_1": B, **QUICK, **change})
+    assert calls == []
+    assert encoded == []
+
+
+def test_refused_components():
+    with pytest.raises(ValueError, match="`scheduler` must be a DDIMScheduler, got PNDMScheduler. To exchange it"):
+        sd(scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1))(A, B)
+    with pytest.raises(ValueError, match="must be given together or not at all"):
+        xl()(A, B, prompt_embeds=torch.zeros(2, 12, 16), **QUICK)
