@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 from diffusers_ext.training.callbacks import image_grid
 
-__all__ = ["grid", "histogram", "titled"]
+__all__ = ["grid", "histogram", "saved", "titled"]
+
+
+def saved(picture: Image.Image, path: Path, figures: dict[str, float]) -> Path:
+    """Writes a picture, and the figures that it shows into a JSON file beside it; returns the picture's path."""
+    picture.save(path)
+    rounded = {name: round(float(value), 4) for name, value in figures.items()}
+    path.with_suffix(".json").write_text(json.dumps(rounded, indent=1) + "\n")
+    return path
 
 
 def titled(panels: dict[str, Image.Image], scale: int = 2) -> Image.Image:
