@@ -1,4 +1,4 @@
-"""The methods as README.md and docs/methods/index.md list them; report.py fills in the figures of their results."""
+"""The methods as README.md and the documentation list them; report.py fills in the figures of their results."""
 
 METHODS = {
     "domain_studio": {

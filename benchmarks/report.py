@@ -1,7 +1,7 @@
 """Writes what the documentation says of measured results, from the JSON files under benchmarks/results.
 
-README.md and docs/methods/index.md get one row a method with its headline (benchmarks/headlines.py), each method's
-page the sentences of its figures, docs/results.md those and the whole tables of the experiments. A result says how its
+README.md and two pages of docs get one row a method with its headline (benchmarks/headlines.py), each method's page
+the sentences of its figures, docs/results.md those and the whole tables of the experiments. A result says how its
 figures make up a table: `"table": {"of": head of the first column, "rows": {key: title}, "columns": {key: title}}`;
 a cell is the figure `{column key}_{row key}`. The sentences stand in each benchmark's `SAYS`, from where they are
 brought into its results file, so that a better sentence needs no new run.
@@ -127,7 +127,8 @@ def overview(results, folder):
 
 def texts(results):
     """Returns, for each document, what stands between its markers."""
-    found = {"README.md": overview(results, "docs/methods/"), "docs/methods/index.md": overview(results, "")}
+    folders = {"README.md": "docs/methods/", "docs/index.md": "methods/", "docs/methods/index.md": ""}
+    found = {document: overview(results, folder) for document, folder in folders.items()}
     chapters = []
     for name, group in results.items():
         title = METHODS[name]["title"] if name in METHODS else "Training engine"
@@ -149,10 +150,10 @@ def with_sentences(result):
     return {**result, "figures": described(result["figures"], says)}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="fail instead of writing")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     new, results = {}, {}
     for path in sorted(RESULTS.glob("*/*.json")):
         result = with_sentences(json.loads(path.read_text()))

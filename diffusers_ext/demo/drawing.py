@@ -28,12 +28,14 @@ def titled(panels: dict[str, Image.Image], scale: int = 2) -> Image.Image:
         title: image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
         for title, image in panels.items()
     }
-    gap, head = 16, 28
+    gap = 16
     width = sum(image.width + gap for image in enlarged.values()) + gap
+    letters = max(15, width // 70)  # so that titles can be read where the picture is shown small
+    head = letters + 13
     canvas = Image.new("RGB", (width, max(image.height for image in enlarged.values()) + head + gap), "white")
     draw, x = ImageDraw.Draw(canvas), gap
     for title, image in enlarged.items():
-        draw.text((x, 6), title, fill="black", font_size=15)
+        draw.text((x, 6), title, fill="black", font_size=letters)
         canvas.paste(image, (x, head))
         x += image.width + gap
     return canvas
