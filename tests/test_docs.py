@@ -173,7 +173,8 @@ def test_python_of_the_documents_runs(block, clone):
 def lines(block):
     """The commands of a block as lists of words; variables are filled in, comments and `&&` taken apart."""
     variables = {}
-    for line in block.replace("\\\n", " ").splitlines():
+    shipped = re.sub(r"\$\(diffusers-ext config (\w+)\)", r"training/configs/\1.yaml", block)
+    for line in shipped.replace("\\\n", " ").splitlines():
         for command in line.split("&&"):
             words = shlex.split(command, comments=True)
             while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
@@ -188,9 +189,12 @@ def check_command(words):
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
-    for flag in ("--config_file", "--config"):
-        if flag in words:
-            assert (ROOT / words[words.index(flag) + 1]).is_file()
+    if "--config_file" in words:
+        assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+    if "--config" in words:  # by the name of a shipped one
+        place = words.index("--config") + 1
+        words[place] = str(ROOT / "training" / "configs" / f"{words[place]}.yaml")
+        assert Path(words[place]).is_file()
     scripts = [word for word in words if word.endswith(".py")]
     assert all((ROOT / script).is_file() for script in scripts)
     if "diffusers_ext.train" in words and words[0] != "pkill":
@@ -224,6 +228,11 @@ def test_commands_of_the_documents_are_understood(block, clone):
 
 
 def test_a_wrong_command_is_found(clone):
-    for line in ("make nothing", "diffusers-ext train oms --nonsense 1", "python no/such.py"):
+    for line in (
+        "make nothing",
+        "diffusers-ext train oms --nonsense 1",
+        "python no/such.py",
+        "diffusers-ext train oms --config no_such",
+    ):
         with pytest.raises((AssertionError, SystemExit)):
             check_command(line.split())
