@@ -15,10 +15,13 @@ INTRODUCTION = """# diffusers-ext
 Diffusion papers as Diffusers components. Every tab shows one method on a small model that ships with the package; the
 models are loaded when a button is first pressed."""
 
-# Nothing is fetched from elsewhere: the fonts are the visitor's own. Small images stay sharp when they are enlarged.
+# Small images fill their place, below its label, and stay sharp.
+CSS = """.pixels img { width: 100%; height: 100%; padding-top: 34px; box-sizing: border-box; object-fit: contain;
+image-rendering: pixelated; }"""
+# Nothing is fetched from elsewhere: the fonts are the visitor's own.
 LOOK: dict[str, Any] = {
     "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-    "css": ".pixels img { image-rendering: pixelated; }",
+    "css": CSS,
     "footer_links": ["gradio", "settings"],
     "max_file_size": "8mb",
     "show_error": True,

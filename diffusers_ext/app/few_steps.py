@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from diffusers_ext.data.digits import CLASSIFIER, DIGITS
 
-from .parts import each_step, generator, image_grid, load, picture, says, seed
+from .parts import each_step, generator, image_grid, load, picture, seed, shows_errors
 
 __all__ = ["TITLE", "draw", "tab"]
 
@@ -33,9 +33,9 @@ def tab() -> None:
             button = gr.Button("Draw before and after tuning", variant="primary")
         with gr.Column(scale=3):
             with gr.Row():
-                before, after = picture("Before tuning"), picture("After tuning")
+                before, after = picture("Before tuning", height=440), picture("After tuning", height=440)
             figures = gr.Markdown()
-    button.click(says(draw), [steps, chosen], [before, after, figures])
+    button.click(shows_errors(draw), [steps, chosen], [before, after, figures])
 
 
 def draw(

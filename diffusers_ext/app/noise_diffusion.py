@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from .parts import EXAMPLES, as_digit, each_step, generator, image_grid, load, picture, says, seed, upload
+from .parts import EXAMPLES, as_digit, each_step, generator, image_grid, load, picture, seed, shows_errors, upload
 
 __all__ = ["TITLE", "make", "tab"]
 
@@ -48,20 +48,20 @@ def tab() -> None:
             chosen = seed()
             button = gr.Button("Make the frames", variant="primary")
         with gr.Column(scale=3):
-            strip = picture("First image, frames, second image", height=150)
+            strip = picture("First image, frames, second image", height=140)
             made = gr.State([], time_to_live=3600)
             place = gr.Slider(0, 8, 0, step=1, label="Frame", info="0 is the first image, the last the second.")
-            shown = picture("The frame", height=280)
+            shown = picture("The frame", height=320)
             table = gr.Dataframe(
                 headers=["states", *(title for title, _ in FIGURES.values())], interactive=False,
                 label="How noise-like the states are", wrap=True, buttons=[],
             )  # fmt: skip
     inputs = [first, second, method, frames, strength, chosen]
-    button.click(says(make), inputs, [strip, made, place, shown, table])
+    button.click(shows_errors(make), inputs, [strip, made, place, shown, table])
     place.input(show, [made, place], shown, show_progress="hidden")
 
 
-@says
+@shows_errors
 def show(made: list[Image.Image], place: int) -> Image.Image | None:
     """Returns one of the frames."""
     return made[int(place)] if made else None

@@ -11,7 +11,7 @@ import pandas as pd
 
 from diffusers_ext.data.digits import ASSETS
 
-from .parts import each_step, generator, image_grid, load, picture, says, seed
+from .parts import each_step, generator, image_grid, load, picture, seed, shows_errors
 
 __all__ = ["TITLE", "draw", "tab"]
 
@@ -50,13 +50,13 @@ def tab(base: str | None = None, module: str | None = None) -> None:
             button = gr.Button("Draw with and without", variant="primary")
         with gr.Column(scale=3):
             with gr.Row():
-                plain, corrected = picture("Without"), picture("With One More Step")
+                plain, corrected = picture("Without", height=260), picture("With One More Step", height=260)
             figures = gr.Markdown()
             histogram = gr.LinePlot(
                 x="mean brightness", y="images, %", color="of", color_map=COLOURS, x_lim=[0, 1], height=260,
                 label="Histogram of the images' mean brightness", buttons=[],
             )  # fmt: skip
-    function = says(functools.partial(draw, base=base, module=module) if base else draw)
+    function = shows_errors(functools.partial(draw, base=base, module=module) if base else draw)
     button.click(function, [wanted, count, steps, chosen], [plain, corrected, figures, histogram])
 
 

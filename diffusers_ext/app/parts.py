@@ -15,7 +15,18 @@ from PIL import Image, ImageOps
 import diffusers_ext
 from diffusers_ext.data.digits import ASSETS
 
-__all__ = ["EXAMPLES", "as_digit", "each_step", "generator", "image_grid", "load", "picture", "says", "seed", "upload"]
+__all__ = [
+    "EXAMPLES",
+    "as_digit",
+    "each_step",
+    "generator",
+    "image_grid",
+    "load",
+    "picture",
+    "seed",
+    "shows_errors",
+    "upload",
+]
 
 EXAMPLES = Path(__file__).parent / "examples"
 SIDE = 28
@@ -59,13 +70,15 @@ def each_step(progress: Any, desc: str) -> Callable[[Any, int, Any, dict], dict]
     return report
 
 
-def says(function: Callable[..., Any]) -> Callable[..., Any]:
+def shows_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     """Shows the `ValueError`s of a button's function in the page."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
+        except gr.Error:  # itself a `ValueError`
+            raise
         except ValueError as error:
             raise gr.Error(str(error)) from error
 
@@ -74,20 +87,23 @@ def says(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def upload(label: str) -> gr.Image:
     """Makes a field for an image; a file that is none gets a message when it is used."""
-    field = gr.Image(label=label, type="pil", image_mode=None, sources=["upload", "clipboard"], elem_classes="pixels")
+    field = gr.Image(
+        label=label, type="pil", image_mode=None, sources=["upload", "clipboard"], height=220, min_width=120,
+        buttons=[], elem_classes="pixels",
+    )  # fmt: skip
     read = field.preprocess
 
     def checked(payload: Any) -> Any:
         try:
             image = read(payload)
-            if isinstance(image, Image.Image):
-                if max(image.size) > LONGEST:
-                    size = f"{image.width} x {image.height}"
-                    raise gr.Error(f"At most {LONGEST} pixels a side, got {size}.", title=label)
+            size = (0, 0) if image is None else image.size
+            if max(size) <= LONGEST and image is not None:
                 image.load()  # a damaged file shows itself only now
-            return image
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise gr.Error("This file is not an image, or it is damaged.", title=label) from error
+        if max(size) > LONGEST:
+            raise gr.Error(f"At most {LONGEST} pixels a side, got {size[0]} x {size[1]}.", title=label)
+        return image
 
     field.preprocess = checked
     return field
@@ -115,7 +131,10 @@ def image_grid(images: list[Image.Image], columns: int) -> Image.Image:
 
 def picture(label: str, **options: Any) -> gr.Image:
     """Makes the place of a picture that a button draws."""
-    return gr.Image(label=label, interactive=False, format="png", elem_classes="pixels", **options)
+    return gr.Image(
+        label=label, interactive=False, format="png", buttons=["download", "fullscreen"], elem_classes="pixels",
+        **options,
+    )  # fmt: skip
 
 
 def seed() -> gr.Number:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from diffusers_ext.data.corruptions import CORRUPTIONS, corrupt
 
-from .parts import EXAMPLES, as_digit, each_step, generator, load, picture, says, seed, upload
+from .parts import EXAMPLES, as_digit, each_step, generator, load, picture, seed, shows_errors, upload
 
 __all__ = ["TITLE", "classify", "tab"]
 
@@ -38,12 +38,12 @@ def tab() -> None:
             button = gr.Button("Corrupt, adapt and classify", variant="primary")
         with gr.Column(scale=3), gr.Row():
             with gr.Column():
-                corrupted = picture("Corrupted", height=280)
+                corrupted = picture("Corrupted", height=320)
                 before = gr.Label(label="Read before adaptation", num_top_classes=3)
             with gr.Column():
-                adapted = picture("Adapted by the diffusion model", height=280)
+                adapted = picture("Adapted by the diffusion model", height=320)
                 after = gr.Label(label="Read after adaptation", num_top_classes=3)
-    button.click(says(classify), [image, corruption, severity, chosen], [corrupted, adapted, before, after])
+    button.click(shows_errors(classify), [image, corruption, severity, chosen], [corrupted, adapted, before, after])
 
 
 def classify(
