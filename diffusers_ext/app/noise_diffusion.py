@@ -52,13 +52,10 @@ def tab() -> None:
             made = gr.State([], time_to_live=3600)
             place = gr.Slider(0, 8, 0, step=1, label="Frame", info="0 is the first image, the last the second.")
             shown = picture("The frame", height=320)
-            table = gr.Dataframe(
-                headers=["states", *(title for title, _ in FIGURES.values())], interactive=False,
-                label="How noise-like the states are", wrap=True, buttons=[],
-            )  # fmt: skip
+            table = gr.Markdown()
     inputs = [first, second, method, frames, strength, chosen]
     button.click(shows_errors(make), inputs, [strip, made, place, shown, table])
-    place.input(show, [made, place], shown, show_progress="hidden")
+    place.input(show, [made, place], shown, show_progress="hidden", api_visibility="private")
 
 
 @shows_errors
@@ -103,11 +100,15 @@ def make(
     return image_grid(images, len(images)), images, slider, images[middle], table_of(output.diagnostics)
 
 
-def table_of(diagnostics: dict[str, Any]) -> list[list[str]]:
-    """Lists the figures of the inverted images and of the frames, with those of noise above."""
-    rows = [["noise, as expected", *(f"{value:.3f}" for _, value in FIGURES.values())]]
+def table_of(diagnostics: dict[str, Any]) -> str:
+    """Writes the figures of the inverted images and of the frames in a table, with those of noise above."""
+    rows = {"noise, as expected": {name: value for name, (_, value) in FIGURES.items()}}
     if "inverted" in diagnostics:
         for i, title in enumerate((FIRST, SECOND)):
             found = diagnostics["inverted"]
-            rows.append([f"{title.lower()}, inverted", *(f"{float(getattr(found, k)[i]):.3f}" for k in FIGURES)])
-    return [*rows, ["frames, mixed", *(f"{diagnostics['frames'].pooled[name]:.3f}" for name in FIGURES)]]
+            rows[f"{title.lower()}, inverted"] = {name: float(getattr(found, name)[i]) for name in FIGURES}
+    rows["frames, mixed"] = diagnostics["frames"].pooled
+    head = ["How noise-like the states are", *(title for title, _ in FIGURES.values())]
+    lines = [head, ["---", *["---:"] * len(FIGURES)]]
+    lines += [[title, *(f"{row[name]:.3f}" for name in FIGURES)] for title, row in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

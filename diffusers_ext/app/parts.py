@@ -18,6 +18,7 @@ from diffusers_ext.data.digits import ASSETS
 __all__ = [
     "EXAMPLES",
     "as_digit",
+    "check_upload",
     "each_step",
     "generator",
     "image_grid",
@@ -86,27 +87,28 @@ def shows_errors(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def upload(label: str) -> gr.Image:
-    """Makes a field for an image; a file that is none gets a message when it is used."""
+    """Makes a field for an image; a file that is none gets a message at once and is taken out again."""
     field = gr.Image(
         label=label, type="pil", image_mode=None, sources=["upload", "clipboard"], height=220, min_width=120,
         buttons=[], elem_classes="pixels",
     )  # fmt: skip
-    read = field.preprocess
-
-    def checked(payload: Any) -> Any:
-        try:
-            image = read(payload)
-            size = (0, 0) if image is None else image.size
-            if max(size) <= LONGEST and image is not None:
-                image.load()  # a damaged file shows itself only now
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise gr.Error("This file is not an image, or it is damaged.", title=label) from error
-        if max(size) > LONGEST:
-            raise gr.Error(f"At most {LONGEST} pixels a side, got {size[0]} x {size[1]}.", title=label)
-        return image
-
-    field.preprocess = checked
+    # Before Gradio reads the file itself, whose error would be for programmers.
+    checked = field.upload(check_upload, field, preprocess=False, show_progress="hidden", api_visibility="private")
+    checked.failure(lambda: None, None, field, show_progress="hidden", api_visibility="private")
     return field
+
+
+def check_upload(file: dict[str, Any]) -> None:
+    """Refuses files that are no images."""
+    try:
+        with Image.open(file["path"]) as image:
+            size = image.size
+            if max(size) <= LONGEST:
+                image.load()  # a damaged file shows itself only now
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise gr.Error("This file is not an image, or it is damaged.", title="Upload") from error
+    if max(size) > LONGEST:
+        raise gr.Error(f"At most {LONGEST} pixels a side, got {size[0]} x {size[1]}.", title="Upload")
 
 
 def as_digit(image: Image.Image | None, label: str) -> np.ndarray:
