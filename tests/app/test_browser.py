@@ -82,7 +82,7 @@ def opened(page, title):
 
 
 def number(panel, label, value):
-    panel.get_by_label(f"number input for {label}").fill(str(value))
+    panel.get_by_label(f"number input for {label}", exact=True).fill(str(value))
 
 
 def field(panel, label):
@@ -148,7 +148,7 @@ def test_noise_diffusion_and_the_slider_over_its_frames(page, tmp_path):
     shown = result(panel, "The frame")
     panel.get_by_role("cell", name="frames, mixed").wait_for()
     assert panel.get_by_role("cell", name="image, inverted").count() == 2
-    frame, middle = panel.get_by_label("number input for Frame"), digit_seen(shown)
+    frame, middle = panel.get_by_label("number input for Frame", exact=True), digit_seen(shown)
     assert frame.input_value() == "2"
     before = shown.get_attribute("src")
     frame.fill("0")
