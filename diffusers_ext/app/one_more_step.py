@@ -53,7 +53,7 @@ def tab(base: str | None = None, module: str | None = None) -> None:
                 plain, corrected = picture("Without", height=260), picture("With One More Step", height=260)
             figures = gr.Markdown()
             histogram = gr.LinePlot(
-                x="mean brightness", y="images, %", color="of", color_map=COLOURS, x_lim=[0, 1], height=320,
+                x="mean brightness", y="images, %", color="of", color_map=COLOURS, x_lim=[0, 1],
                 label="Histogram of the images' mean brightness", buttons=[],
             )  # fmt: skip
     function = shows_errors(functools.partial(draw, base=base, module=module) if base else draw)
