@@ -1,10 +1,10 @@
 """The process that `tests.processes` forks from: `python -m tests.fork_server SOCKET`.
 
 A request is a command's words, its folder and environment, with three open files: where the fork's standard output and
-errors go, and a pipe that gets its pid and, at its end, its status. The fork returns from `serve` and then runs the
-command at the top of the interpreter, so that whatever ends it ends it as it would end a process of its own.
+errors go, and a pipe that gets its pid and, at its end, its status.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -16,6 +16,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -119,7 +120,27 @@ def become(words, cwd, environment):
         runpy.run_path(words[0], run_name="__main__")
 
 
+def end(code):
+    """Ends this process in the order of the interpreter, which then would free every object: that takes longest."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     connection = socket.socket(fileno=int(sys.argv[1]))
     preload()
-    become(**serve(connection))
+    command = serve(connection)
+    try:
+        become(**command)
+    except SystemExit as error:
+        if not (error.code is None or isinstance(error.code, int)):
+            sys.stderr.write(f"{error.code}\n")
+            end(1)
+        end(error.code or 0)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        end(1)
+    end(0)

@@ -133,4 +133,6 @@ def _finish(processes, timeout):
     finally:
         for process in processes:
             process.kill()
-    return [subprocess.CompletedProcess(it.args, it.returncode, *it.communicate()) for it in processes]
+        said = [process.communicate() for process in processes]
+    ended = zip(processes, said, strict=True)
+    return [subprocess.CompletedProcess(it.args, it.returncode, *texts) for it, texts in ended]
