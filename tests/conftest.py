@@ -13,6 +13,8 @@ torch.set_num_threads(1)
 # named here gets those of a method. With TEST_BUDGET=1, as .ci/run sets it, half as much again fails the run.
 METHOD = 40
 SECONDS = {"tests": 200, "tests/hub": 40, "tests/training": 200}
+# Files of few tests that take long start first, so that at the end no process waits for one of them.
+LONG = ("tests/test_demo.py", "tests/training/test_launch.py", "tests/test_import.py")
 spent: Counter[str] = Counter()
 
 
@@ -30,6 +32,7 @@ def fresh_accelerate():
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -101,6 +101,7 @@ def test_rotation_keeps_the_newest(data, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")
 def test_refuses_a_checkpoint_of_another_model(data, tmp_path):
     run(data, tmp_path, max_train_steps=2)
     other = {**json.loads((data / "unet.json").read_text()), "block_out_channels": [4, 4]}
