@@ -43,9 +43,14 @@ class DenoisingConfig(ImageConfig):
         ValueError: an argument is outside its range, or two contradict each other.
     """
 
-    pretrained_model_name_or_path: str | None = described("Pipeline to fine-tune, a Hub repo or a folder.")
-    unet_config: str | None = described("JSON file of `UNet2DModel` arguments for training from scratch.")
-    vae: str | None = described("`AutoencoderKL` repo or folder: train in its latent space.")
+    pretrained_model_name_or_path: str | None = described(
+        "Pipeline to fine-tune, a Hub repo or a folder.", group="model"
+    )
+    unet_config: str | None = described(
+        "JSON file of `UNet2DModel` arguments for training from scratch, or the name of a shipped one such as unet_28; by default sized by the resolution.",
+        group="model",
+    )
+    vae: str | None = described("`AutoencoderKL` repo or folder: train in its latent space.", group="model")
     class_conditional: bool = described("Train on class labels.", False)
     label_dropout: float = described("Probability of training a sample without its label, for guidance.", 0.1)
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"] | None = described(

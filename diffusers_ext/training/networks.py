@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from .config import require
+from .shipped import find_config
 
 __all__ = ["make_network"]
 
@@ -20,7 +19,7 @@ def make_network(
     Args:
         kind: its class.
         argument: the command-line argument that named the file, for messages.
-        path: the file; `None` takes `default` instead.
+        path: the file, or the name of a shipped one; `None` takes `default` instead.
         fixed: arguments that data and base decide, which come before the file's.
         default: arguments without a file.
 
@@ -29,9 +28,9 @@ def make_network(
     """
     arguments = dict(default)
     if path is not None:
-        require(Path(path).is_file(), argument, path, "an existing JSON file")
+        file = find_config(argument, path)
         try:
-            arguments = {k: v for k, v in json.loads(Path(path).read_text()).items() if not k.startswith("_")}
+            arguments = {k: v for k, v in json.loads(file.read_text()).items() if not k.startswith("_")}
         except (ValueError, AttributeError) as error:
             raise ValueError(f"`{argument}` must be a JSON object in a file, got {path!r}: {error}") from error
     try:

@@ -45,7 +45,7 @@ class DomainStudioConfig(ImageConfig):
         ValueError: an argument is outside its range, or two contradict each other.
     """
 
-    pretrained_model_name_or_path: str | None = described("Source model, a Hub repo or a folder.")
+    pretrained_model_name_or_path: str | None = described("Source model, a Hub repo or a folder.", group="model")
     pair_weight: float | None = described("Weight of the pair loss; by default 4, with text 100.")
     hf_pair_weight: float | None = described("Weight of the pair loss on high frequencies; 4, with text 100.")
     hf_mse_weight: float | None = described("Weight of the squared error of high frequencies; 1, with text 0.1.")
@@ -56,7 +56,9 @@ class DomainStudioConfig(ImageConfig):
     similarity_space: Literal["pixel", "latent"] = described("Where images of a latent model are compared.", "pixel")
     instance_prompt: str | None = described("Prompt of the images to adapt to; makes it text-to-image.")
     class_prompt: str | None = described("Prompt of their class, which the source is asked with.")
-    class_data_dir: str | None = described("Folder of images of the class; what is missing is generated.")
+    class_data_dir: str | None = described(
+        "Folder of images of the class; what is missing is generated.", group="data"
+    )
     num_class_images: int = described("How many of them there must be.", 200)
     prior_loss_weight: float = described("Weight of the loss on images of the class; 0 needs none.", 1.0)
     source: Literal["frozen", "self"] = described(
@@ -69,8 +71,8 @@ class DomainStudioConfig(ImageConfig):
     validation_prompt: str | None = described("Prompt of validation pictures; by default the instance prompt.")
     validation_inference_steps: int = described("Sampling steps of validation pictures.", 50)
     train_batch_size: int = described("Images compared with each other, at least 3.", 8)
-    learning_rate: float = described("Peak learning rate of AdamW; 5e-6 suits a whole Stable Diffusion.", 1e-4)
-    adam_weight_decay: float = described("AdamW's weight decay; 1e-2 is usual with text.", 0.0)
+    learning_rate: float = described("Peak learning rate; 5e-6 suits a whole Stable Diffusion.", 1e-4)
+    adam_weight_decay: float = described("Weight decay; 1e-2 is usual with text.", 0.0)
     ema_decay: float = described("Largest decay of the average.", 0.999)
 
     def __post_init__(self) -> None:
