@@ -249,7 +249,7 @@ def _failed_anywhere(accelerator: Accelerator, failure: BaseException | None) ->
 
 def _raise_damaged(accelerator: Accelerator, path: Path, failure: Exception | None) -> None:
     if _failed_anywhere(accelerator, failure):
+        reason = f"{type(failure).__name__}: {failure}" if failure is not None else "another process failed"
         raise DamagedCheckpointError(
-            f"`resume_from_checkpoint` must be a whole checkpoint, got {str(path)!r}: "
-            f"{str(failure or 'another process failed').strip().splitlines()[0]}"
+            f"`resume_from_checkpoint` must be a whole checkpoint, got {str(path)!r}: {reason.splitlines()[0]}"
         ) from failure

@@ -42,7 +42,9 @@ def claimed_folder(output_dir: str, resume: Path | None, latest: bool, overwrite
             f"`output_dir` must be a folder into which no other run is writing, got {output_dir!r}."
         ) from error
     except NotImplementedError:
-        warnings.warn(f"{output_dir!r} lies on a file system without locks: let no other run write there", stacklevel=2)
+        warnings.warn(
+            f"{output_dir!r} lies on a file system without locks: let no other run write there", stacklevel=2
+        )
     try:
         remove_partial(folder)
         if not latest:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .shipped import find_config
 
-__all__ = ["make_network"]
+__all__ = ["make_network", "sized_unet"]
 
 
 def make_network(
@@ -37,3 +37,25 @@ def make_network(
         return kind(**{**arguments, **fixed})
     except Exception as error:  # whatever a wrong argument runs into
         raise ValueError(f"`{argument}` must describe a `{kind.__name__}`, got {path!r}: {error}") from error
+
+
+def sized_unet(size: int) -> dict[str, Any]:
+    """Returns the arguments of a `UNet2DModel` that suits images, or latents, of `size` pixels a side.
+
+    Up to 16 pixels it has about 3 million parameters, up to 63 about 11 million, and from 64 on it is that of
+    Diffusers' example of unconditional training, of 114 million.
+    """
+    if size >= 64:
+        plain, attention = ("DownBlock2D", "UpBlock2D"), ("AttnDownBlock2D", "AttnUpBlock2D")
+        levels = [plain, plain, plain, plain, attention, plain]
+        return {
+            "block_out_channels": (128, 128, 256, 256, 512, 512),
+            "down_block_types": tuple(down for down, _ in levels),
+            "up_block_types": tuple(up for _, up in reversed(levels)),
+        }
+    widths = (32, 64, 96) if size <= 16 else (64, 128, 192)
+    return {
+        "block_out_channels": widths,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    }

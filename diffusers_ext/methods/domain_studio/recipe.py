@@ -14,6 +14,7 @@ from diffusers_ext.data.sources import load_images
 from diffusers_ext.generation.latents import decoded, latent_factor, latent_moments, scaled_latents
 from diffusers_ext.hub.card import RepoCard
 from diffusers_ext.hub.repo import save_lora_repo
+from diffusers_ext.training.adapters import require_peft
 from diffusers_ext.training.config import described, require
 from diffusers_ext.training.images import ImageConfig, image_dataset
 from diffusers_ext.training.objectives import EpsX0V, FlowMatching
@@ -85,6 +86,8 @@ class DomainStudioConfig(ImageConfig):
             value = getattr(self, name)
             require(self.text or value is None, name, value, "left out without `instance_prompt`")
         require(self.text or not self.use_lora, "use_lora", self.use_lora, "False without `instance_prompt`")
+        if self.use_lora:
+            require_peft("use_lora")
         require(self.prior_loss_weight >= 0, "prior_loss_weight", self.prior_loss_weight, "a number >= 0")
         if self.text and self.prior and self.class_data_dir is None:
             raise ValueError("`class_data_dir` must be given with `prior_loss_weight` or `source='self'`.")

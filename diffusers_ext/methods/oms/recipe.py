@@ -107,6 +107,7 @@ class OMSRecipe(Recipe[OMSConfig]):
     """
 
     Config = OMSConfig
+    size_advice = "--module_config chooses another module"
     base: Any
     encoders: Encoders
 
