@@ -174,7 +174,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if not isinstance(pipeline, SDATTAPipeline):
         raise ValueError(
             "`pretrained_model_name_or_path` must be an SDATTAPipeline, got "
-            f"{type(pipeline).__name__}: `training/train_sda_classifier.py` writes one."
+            f"{type(pipeline).__name__}: `diffusers-ext train sda_classifier` writes one."
         )
     folder = Path(config.output_dir)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
