@@ -19,6 +19,12 @@ from benchmarks.harness import figure, spread, write_result
 from diffusers_ext.data.digits import DIGITS
 
 RUNS = 3
+SAYS = {
+    "first_step": "A first run on 48 images of 16 pixels, with every default, shows its first step after {} seconds.",
+    "whole_run": "Three steps, the saving and the pictures of the card included, it ends after {} seconds.",
+    "written": "It leaves {} MB on disk.",
+    "processor": "Of processor time it takes {} seconds, which hangs less on what else the machine does.",
+}
 
 
 def processor_seconds():
@@ -65,7 +71,8 @@ def main():
         values = [value / 1e6 if unit == "MB" else value for value in values]
         figures[name] = figure(sorted(values)[RUNS // 2], unit, goal, spread(values))
     seconds = time.perf_counter() - start
-    write_result("training/first_run", "python -m benchmarks.training.first_run", figures, [0] * RUNS, seconds)
+    command = "python -m benchmarks.training.first_run"
+    write_result("training/first_run", command, figures, [0] * RUNS, seconds, says=SAYS)
 
 
 if __name__ == "__main__":
