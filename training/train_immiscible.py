@@ -1,6 +1,6 @@
 """Trains an image diffusion or flow-matching model with Immiscible Diffusion's noise.
 
-accelerate launch training/train_immiscible.py --config training/configs/digits.yaml --train_data_dir FOLDER
+accelerate launch training/train_immiscible.py --config digits --train_data_dir FOLDER
 """
 
 from diffusers_ext import ImmiscibleRecipe, run_training
