@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 import diffusers_ext
-from diffusers_ext.data.digits import ASSETS
+from diffusers_ext.data.assets import ASSETS
 
 __all__ = [
     "EXAMPLES",

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_ext.data.digits import ASSETS, CLASSIFIER, DIGITS
+from diffusers_ext.data.assets import ASSETS
+from diffusers_ext.data.digits import CLASSIFIER, DIGITS
 from diffusers_ext.data.sources import ImageDataset, load_images
 from diffusers_ext.generation.pipeline import ImageGenerationPipeline
 from diffusers_ext.methods.immiscible.recipe import ImmiscibleConfig, ImmiscibleRecipe
