@@ -188,6 +188,9 @@ SAYS = {
     ),
     "original_over_our_time": "The authors' code takes {} times as long for the same five frames and steps.",
     "mixing_and_diagnostics_share": "Mixing the states and measuring them takes {:.3%} of the call.",
+    r"diagnostics_share_n(\d+)": r"The diagnostics take {:.2%} of a call that makes \1 frames of 32x32.",
+    "peak_memory_over_result_n8192": "Making 8,192 frames of 32x32 takes {} times the memory of the frames.",
+    "memory_beside_result_n8192_over_n2048": "Beside the frames, 8,192 of them take {} times the memory of 2,048.",
     r"error_over_that_with_(\d+)_iterations": (
         r"\1 fixed-point iterations make the error of inverting and decoding {} times smaller."
     ),
