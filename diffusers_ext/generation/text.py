@@ -55,12 +55,9 @@ def encode(prompts: list[str], encoders: Encoders, device: torch.device) -> torc
     """
     parts = []
     for tokenizer, encoder in encoders:
+        words = TextualInversionLoaderMixin().maybe_convert_prompt(prompts, tokenizer)
         tokens = tokenizer(
-            TextualInversionLoaderMixin().maybe_convert_prompt(prompts, tokenizer),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
+            words, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
         )
         output = encoder(tokens.input_ids.to(device), output_hidden_states=len(encoders) > 1)
         # By name: an encoder with a projection gives its pooled output first.
