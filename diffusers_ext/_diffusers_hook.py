@@ -61,11 +61,13 @@ def _prepare_loader() -> None:
     classes = sys.modules.get("diffusers.pipelines.pipeline_loading_utils")
     if classes is not None:  # libraries whose components Diffusers downloads
         getattr(classes, "LOADABLE_CLASSES", {}).setdefault("diffusers_ext", {})
-    _register_text_to_image()
     loader: Any = sys.modules.get("diffusers.pipelines.pipeline_utils")
     if hasattr(loader, "DiffusionPipeline") and not hasattr(loader.load_sub_model, "__wrapped__"):
         loader._identify_model_variants = _past_nested_pipelines(loader._identify_model_variants)
         loader.load_sub_model = _with_nested_pipelines(loader.load_sub_model)
+    auto: Any = sys.modules.get("diffusers.pipelines.auto_pipeline")
+    if hasattr(auto, "AutoPipelineForText2Image") and not hasattr(auto._get_task_class, "__wrapped__"):
+        auto._get_task_class = _with_one_more_step(auto._get_task_class, auto.AUTO_TEXT2IMAGE_PIPELINES_MAPPING)
 
 
 def _is_pipeline(folder: Any, name: str) -> bool:
@@ -97,11 +99,11 @@ def _with_nested_pipelines(load: Any) -> Any:
         from diffusers.pipelines.pipeline_loading_utils import get_class_obj_and_candidates
 
         same = ("library_name", "class_name", "importable_classes", "pipelines", "is_pipeline_module")
-        kind, _ = get_class_obj_and_candidates(
+        kind: Any = get_class_obj_and_candidates(
             **{name: options[name] for name in (*same, "trust_remote_code")},
             component_name=options["name"],
             cache_dir=options["cached_folder"],
-        )
+        )[0]
         passed = ("dtype", "use_safetensors", "low_cpu_mem_usage", "quantization_config", "trust_remote_code")
         return kind.from_pretrained(
             str(Path(options["cached_folder"]) / options["name"]),
@@ -113,13 +115,16 @@ def _with_nested_pipelines(load: Any) -> Any:
     return load_sub_model
 
 
-def _register_text_to_image() -> None:
-    """Lets `AutoPipelineForText2Image` load `OMSPipeline`, once it is loaded."""
-    auto: Any = sys.modules.get("diffusers.pipelines.auto_pipeline")
-    if hasattr(auto, "AutoPipelineForText2Image") and not hasattr(auto, "_offers_diffusers_ext"):
-        auto._offers_diffusers_ext = True  # first, as the import comes here again
-        pipeline = importlib.import_module("diffusers_ext").OMSPipeline
-        auto.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["one-more-step"] = pipeline
+def _with_one_more_step(find: Any, text_to_image: Any) -> Any:
+    """Lets `AutoPipelineForText2Image` load `OMSPipeline`, without importing it before."""
+
+    @functools.wraps(find)
+    def get_task_class(mapping: Any, pipeline_class_name: str, *args: Any, **kwargs: Any) -> Any:
+        if pipeline_class_name == "OMSPipeline" and mapping is text_to_image:
+            return importlib.import_module("diffusers_ext").OMSPipeline
+        return find(mapping, pipeline_class_name, *args, **kwargs)
+
+    return get_task_class
 
 
 def loadable_base_class(name: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from diffusers import ModelMixin, UNet2DModel
+from diffusers import DiffusionPipeline, ModelMixin, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from PIL import Image
@@ -129,6 +129,12 @@ class SDATTAPipeline(SafePipeline):
             self._callables[name] = None if _is_model(value) else value
             value = value if _is_model(value) else None
         super().__setattr__(name, value)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """Makes a pipeline of another's parts, as Diffusers does; classifiers that are plain callables come along."""
+        plain = {k: v for k, v in getattr(pipeline, "_callables", {}).items() if v is not None}
+        return super().from_pipe(pipeline, **{**plain, **kwargs})
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Moves the models as `DiffusionPipeline.to` does, and classifiers that are plain modules."""

@@ -120,6 +120,9 @@ def test_a_plain_module_or_function_classifies_as_the_model_within(wrap, tmp_pat
     expected = make(adapted_classifier=None)(IMAGES, generator=seeded(3)).logits
     pipeline = make(classifier=wrap(classifier(0)), adapted_classifier=None)
     assert torch.equal(pipeline(IMAGES, generator=seeded(3)).logits, expected)
+    again = SDATTAPipeline.from_pipe(pipeline)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(again(IMAGES, generator=seeded(3)).logits, expected)
     later = make(adapted_classifier=None, classifier=classifier(5))
     later.classifier = wrap(classifier(0))
     assert torch.equal(later(IMAGES, generator=seeded(3)).logits, expected)
