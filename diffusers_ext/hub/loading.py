@@ -20,8 +20,9 @@ PICKLED = re.compile(r"((diffusion_)?pytorch_model|adapter_model)\b.*\.bin")
 SAFE = re.compile(r"((diffusion_pytorch_)?model|adapter_model)\b.*\.safetensors")
 
 REFUSED = (
-    "pickled ones are refused because they can run code. Convert them (load with `use_safetensors=False` where you "
-    "trust the source, then `save_pretrained`), or pass `use_safetensors=False` (`None` takes either format)."
+    "holds no safetensors weights, and pickled ones are refused because they can run code. Convert them (load with "
+    "`use_safetensors=False` where you trust the source, then `save_pretrained`), or pass `use_safetensors=False` "
+    "(`None` takes either format)."
 )
 
 
@@ -33,7 +34,7 @@ def _variants(files: Iterable[str]) -> set[str]:
 
 def _hint(variants: set[str]) -> str:
     names = " or ".join(f'variant="{name}"' for name in sorted(variants))
-    return f"All its weights are of a variant: pass {names}."
+    return f"has weights of a variant only: pass {names}."
 
 
 def check_weights(folder: Path, variant: str | None = None, given: Container[str] = ()) -> None:
@@ -57,14 +58,13 @@ def check_weights(folder: Path, variant: str | None = None, given: Container[str
     variants = _variants(files)
     pickled = [file for file in files if PICKLED.fullmatch(file)]
     if pickled and not variants:
-        raise OSError(f"{folder} holds no safetensors weights ({', '.join(pickled)}), and {REFUSED}")
+        raise OSError(f"{folder} {REFUSED} Found: {', '.join(pickled)}.")
     if variants and not variants & {"", variant}:
-        missing = "weights without a variant" if variant is None else f"weights of the variant {variant!r}"
-        raise OSError(f"{folder} has no {missing}. {_hint(variants)}")
+        raise OSError(f"{folder} {_hint(variants)}" + (f" Got variant={variant!r}." if variant else ""))
 
 
 def variant_hint(place: str, subfolder: str | None = None, **hub: Any) -> str:
-    """Returns a sentence that names the variants of a folder or repo whose weights have no other; else nothing."""
+    """Returns what is to be said of a folder or repo all of whose weights are of a variant; else nothing."""
     try:
         if os.path.isdir(place):
             files = [path.name for path in (Path(place) / (subfolder or "")).iterdir()]
@@ -98,7 +98,7 @@ def checked_folder(kind: Any, name: str | os.PathLike, **kwargs: Any) -> str | o
             if "safetensors" not in str(error):
                 raise
             hint = variant_hint(str(name), **kwargs)
-            raise OSError(f"{name} holds no safetensors weights that fit. {hint or REFUSED} Cause: {error}") from error
+            raise OSError(f"{name} {hint or REFUSED} Cause: {error}") from error
     if (Path(folder) / "model_index.json").is_file():
         check_weights(Path(folder), kwargs.get("variant"), kwargs)
     return folder
@@ -123,10 +123,7 @@ class SafeLoadingMixin:
         except OSError as error:
             if kwargs["use_safetensors"] and "safetensors" in str(error):
                 hint = variant_hint(str(pretrained_model_name_or_path), **kwargs)
-                raise OSError(
-                    f"{pretrained_model_name_or_path} holds no safetensors weights that fit. {hint or REFUSED} "
-                    f"Cause: {error}"
-                ) from error
+                raise OSError(f"{pretrained_model_name_or_path} {hint or REFUSED} Cause: {error}") from error
             raise
 
 

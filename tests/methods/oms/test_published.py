@@ -415,7 +415,7 @@ def test_one_pickled_component_is_refused_before_any_is_read(tmp_path, whole, pa
     for path in tmp_path.rglob("config.json"):
         path.write_text("{")  # could not be read
     with pytest.raises(
-        OSError, match=rf"{tmp_path / part} holds no safetensors weights .*refused because they can run"
+        OSError, match=rf"{tmp_path / part} holds no safetensors weights, .*refused because they can run"
     ):
         OMSPipeline.from_pretrained(tmp_path)
 
@@ -446,11 +446,11 @@ def test_a_repo_of_one_variant_says_which(tmp_path, whole, part):
     save_repo(whole, tmp_path)
     for path in (tmp_path / part).glob("*.safetensors"):
         path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
-    with pytest.raises(OSError, match=rf'{tmp_path / part} has no weights without a variant.* pass variant="fp16"'):
+    with pytest.raises(OSError, match=rf'{tmp_path / part} has weights of a variant only: pass variant="fp16"'):
         OMSPipeline.from_pretrained(tmp_path)
     loaded = OMSPipeline.from_pretrained(tmp_path, variant="fp16")  # where the others are taken without
     assert torch.equal(loaded.unet.conv_in.weight, whole.unet.conv_in.weight)
-    with pytest.raises(OSError, match="has no weights of the variant 'bf16'.* pass variant=\"fp16\""):
+    with pytest.raises(OSError, match=r'pass variant="fp16"\. Got variant=.bf16.'):
         OMSPipeline.from_pretrained(tmp_path, variant="bf16")
     if part == "oms_module":
         with pytest.raises(OSError, match='pass variant="fp16"'):
