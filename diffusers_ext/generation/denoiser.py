@@ -13,7 +13,7 @@ from .latent_map import ImageLatents
 from .prompts import Conditions
 from .seam import Call
 from .self_check import difference, evaluating, stock_steps
-from .stock_call import StockCall, is_offloaded
+from .stock_call import StockCall, is_hooked
 
 __all__ = ["PipelineDenoiser"]
 
@@ -58,6 +58,7 @@ class PipelineDenoiser(nn.Module):
         self._shape: tuple[int, ...] | None = None
         self._images: ImageLatents | None = None
         self._one_timestep: bool | None = None
+        self._dtypes: dict[torch.dtype, torch.dtype] = {}
         self.denoiser: nn.Module = self._stock.network
 
     @property
@@ -73,15 +74,18 @@ class PipelineDenoiser(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the network runs."""
-        if is_offloaded(self.denoiser):
-            return self._stock.pipe._execution_device
-        return next(self.denoiser.parameters()).device
+        device = next(self.denoiser.parameters()).device
+        waits = device.type == "meta" or (device.type == "cpu" and torch.cuda.is_available())
+        return self._stock.pipe._execution_device if waits and is_hooked(self.denoiser) else device
 
     @property
     def dtype(self) -> torch.dtype:
         """The precision in which the network takes its input."""
-        dtype = getattr(self.denoiser, "dtype", None)
-        return dtype if isinstance(dtype, torch.dtype) else next(self.denoiser.parameters()).dtype
+        stored = next(self.denoiser.parameters()).dtype
+        if stored not in self._dtypes:  # Diffusers looks through every module
+            dtype = getattr(self.denoiser, "dtype", None)
+            self._dtypes[stored] = dtype if isinstance(dtype, torch.dtype) else stored
+        return self._dtypes[stored]
 
     def latents_shape(self, batch: int) -> tuple[int, ...]:
         """Returns the shape of x: that of the latents in which the pipeline's loop steps, packed or not."""
