@@ -37,15 +37,17 @@ SIZES = {
     "SanaPAGPipeline": {"height": 32, "width": 64},
     "DiTPipeline": {},
 }
-NOT_BUILT = {
+NOT_BUILT = {  # by a part of the name, the first that fits
+    "Control": "takes an image as its condition",
+    "Kontext": "edits an image",
+    "Omni": "takes images as its condition",
     "Kolors": "its tokenizer needs a SentencePiece model file",
-    "Cosmos": "its network needs torchvision",
     "StableCascade": "two diffusion models in one call",
     "Wuerstchen": "two diffusion models in one call",
     "Kandinsky": "two diffusion models in one call",
     "GlmImage": "a language model draws a first version in its call",
-    "ControlNet": "takes an image as its condition",
-    "Control": "takes an image as its condition",
+    "Helios": "makes videos, piece by piece",
+    "Ideogram4": "a second network for guidance",
 }
 COLUMNS = {
     "equal": "equal to the stock call",
@@ -57,7 +59,7 @@ SAYS = {
     r"text_to_image_classes": (
         "{:.0f} text-to-image pipelines of Diffusers become denoisers, equal to their stock calls."
     ),
-    r"share_of_built": "That are {:.0%} of those whose components could be built here.",
+    r"share_of_built": "They are {:.0%} of those whose components could be built here.",
     r"text_to_video_classes": "{:.0f} text-to-video pipelines do, too.",
 }
 
