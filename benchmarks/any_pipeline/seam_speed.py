@@ -23,7 +23,7 @@ TINY = {
     "qwen_image": "QwenImagePipeline",
     "z_image": "ZImagePipeline",
 }
-PAIRS, STEPS = 100, 15
+PAIRS, STEPS = 100, 40
 SAYS = {
     r"seam_(\w+)": r"A call of a tiny network (\1) through its pipeline takes {:.2g} ms longer than by hand.",
     r"step_over_by_hand": "A training step of a network that takes some 100 ms costs {} times that by hand.",
