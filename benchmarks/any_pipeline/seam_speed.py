@@ -3,7 +3,8 @@
     python -m benchmarks.any_pipeline.seam_speed
 
 The network's arguments are recorded once; from then on the same network is called with them by hand, and through the
-denoiser, in turn. Tiny networks show the seam itself in milliseconds, a larger one its share of a training step.
+denoiser, in turn. Networks that answer at once show the seam itself in milliseconds, a larger one its share of a
+training step.
 """
 
 import statistics
@@ -25,7 +26,7 @@ TINY = {
 }
 PAIRS, STEPS = 100, 40
 SAYS = {
-    r"seam_(\w+)": r"A call of a tiny network (\1) through its pipeline takes {:.2g} ms longer than by hand.",
+    r"seam_(\w+)": r"A call of the network through its pipeline (\1) takes {:.2g} ms longer than by hand.",
     r"step_over_by_hand": "A training step of a network that takes some 100 ms costs {} times that by hand.",
     r"step_by_hand": "That step by hand takes {:.0f} ms.",
 }
@@ -64,6 +65,8 @@ def tiny(name):
     x, t = torch.randn(denoiser.latents_shape(2)), torch.tensor([900, 100])
     with torch.no_grad():
         args, kwargs = recorded(network, lambda: denoiser(x, t, conditions))
+        output = network(*args, **kwargs)
+        network.forward = lambda *args, **kwargs: output  # at once: its own time would hide what is measured
         times = in_turn(lambda: network(*args, **kwargs), lambda: denoiser(x, t, conditions), PAIRS)
     hand, seam = quiet(times)
     return 1000 * (seam - hand)
