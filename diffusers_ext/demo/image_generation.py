@@ -52,6 +52,7 @@ def image_generation(output_dir: Path) -> Path:
     tuned = output_dir / "digits-finetuned"
     config = ImmiscibleConfig(
         output_dir=str(tuned),
+        overwrite_output_dir=True,  # of an earlier demo
         pretrained_model_name_or_path=str(MODEL),
         train_data_dir=str(DIGITS),
         resolution=28,

@@ -285,22 +285,24 @@ class OMSPipeline(SafePipeline):
         count, per_prompt = bases.batch_size(arguments)
         shape = bases.latent_shape(base, arguments, count * per_prompt)
         guided = oms_guidance_scale != 1.0
+        # Asked once: Diffusers walks through all networks for each of these.
+        device, dtype, own = base._execution_device, base.unet.dtype, (self._execution_device, self.oms_module.dtype)
         if self._takes_text:
             text["oms_prompt"] = prompt if oms_prompt is None else oms_prompt
             text["oms_negative_prompt"] = oms_negative_prompt or ""
-            condition = {"encoder_hidden_states": self._text(text, count, per_prompt, guided)}
+            condition = {"encoder_hidden_states": self._text(text, count, per_prompt, guided, own)}
         else:
             labels = arguments.get("class_labels") if oms_class_labels is None else oms_class_labels
-            condition = {"class_labels": self._labels(labels, shape[0], guided)}
+            condition = {"class_labels": self._labels(labels, shape[0], guided, own[0])}
         level = bases.first_level(base, arguments)
 
         def draw() -> torch.Tensor:
-            return randn_tensor(shape, generator=generator, device=base._execution_device, dtype=base.unet.dtype)
+            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
 
         noise = arguments.get("latents")
-        noise = draw() if noise is None else noise.to(base._execution_device)
+        noise = draw() if noise is None else noise.to(device)
         with self.progress_bar(total=1) as progress_bar:  # pyright: ignore[reportCallIssue]
-            x0_hat = -self._predict(noise, condition, oms_guidance_scale).to(noise.device)
+            x0_hat = -self._predict(noise.to(*own), condition, oms_guidance_scale).to(device)
             fresh = draw() if oms_step == "ddpm" else noise
             passed["latents"] = start_latents(x0_hat, fresh, level, oms_legacy_variance)
             progress_bar.update()
@@ -317,16 +319,17 @@ class OMSPipeline(SafePipeline):
         network = getattr(self.oms_module, "_orig_mod", self.oms_module)  # `torch.compile` wraps it
         return isinstance(network, OMSUNet2DConditionModel)
 
-    def _predict(self, noise: torch.Tensor, condition: dict[str, Any], guidance_scale: float) -> torch.Tensor:
+    def _predict(self, sample: torch.Tensor, condition: dict[str, Any], guidance_scale: float) -> torch.Tensor:
         """Returns the v-prediction at pure noise; with guidance both branches run as one batch."""
-        sample = noise.to(self._execution_device, self.oms_module.dtype)
         if guidance_scale == 1.0:
             return self.oms_module(sample, **condition, return_dict=False)[0]
         both = self.oms_module(torch.cat([sample, sample]), **condition, return_dict=False)[0]
         null, conditional = both.float().chunk(2)
         return null + guidance_scale * (conditional - null)
 
-    def _text(self, text: dict[str, Any], count: int, per_prompt: int, guided: bool) -> torch.Tensor:
+    def _text(
+        self, text: dict[str, Any], count: int, per_prompt: int, guided: bool, own: tuple[torch.device, torch.dtype]
+    ) -> torch.Tensor:
         """Returns the text of every image, that of the null branch first where there is guidance."""
         width, found = self.oms_module.config.cross_attention_dim, []
         for name in ["oms_negative_prompt", "oms_prompt"] if guided else ["oms_prompt"]:
@@ -342,7 +345,7 @@ class OMSPipeline(SafePipeline):
                 raise ValueError(
                     f"`{name}_embeds` must have the shape ({count}, tokens, {width}), got {tuple(embeds.shape)}."
                 )
-            embeds = embeds.to(self._execution_device, self.oms_module.dtype)
+            embeds = embeds.to(*own)
             found.append(embeds.expand(count, -1, -1).repeat_interleave(per_prompt, dim=0))
         lengths = [embeds.shape[1] for embeds in found]
         if len(set(lengths)) > 1:
@@ -355,7 +358,7 @@ class OMSPipeline(SafePipeline):
         encoders = find_encoders(own, self.sd_pipeline, self.oms_module.config.cross_attention_dim)
         return encode(texts, encoders, (self if own else self.sd_pipeline)._execution_device)
 
-    def _labels(self, labels: Any, count: int, guided: bool) -> torch.Tensor | None:
+    def _labels(self, labels: Any, count: int, guided: bool, device: torch.device) -> torch.Tensor | None:
         """Returns the label of every image, the null label first where there is guidance."""
         classes = self.oms_module.config.num_class_embeds
         if classes is None:
@@ -364,7 +367,7 @@ class OMSPipeline(SafePipeline):
             return None
         if labels is None:
             raise ValueError("`oms_class_labels` must be given: the module has classes.")
-        labels = torch.as_tensor([labels] if isinstance(labels, int) else labels, device=self._execution_device)
+        labels = torch.as_tensor([labels] if isinstance(labels, int) else labels, device=device)
         if labels.ndim != 1 or len(labels) not in (1, count) or not 0 <= labels.min() <= labels.max() < classes:
             raise ValueError(
                 f"`oms_class_labels` must be 1 or {count} labels in 0..{classes - 1}, got {labels.tolist()}."
