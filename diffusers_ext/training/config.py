@@ -26,9 +26,9 @@ def require(condition: bool, name: str, value: Any, accepted: str) -> None:
         raise ValueError(f"`{name}` must be {accepted}, got {value!r}.")
 
 
-def described(text: str, default: Any = None) -> Any:
+def described(text: str, default: Any = None, group: str = "method") -> Any:
     """Makes a dataclass field whose help text argparse shows."""
-    return field(default=default, metadata={"help": text})
+    return field(default=default, metadata={"help": text, "group": group})
 
 
 def check_types(config: Any) -> None:

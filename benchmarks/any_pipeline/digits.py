@@ -1,0 +1,134 @@
+"""Captioned digits, the small VAE of their latents, and untrained text-to-image models: what the experiment starts from.
+
+    python -m benchmarks.any_pipeline.digits     # 15 minutes on one core
+
+Digits are MNIST's 28x28. The VAE also sees them in colours, inverted ones among them, so that its latents hold what a
+model of white digits is to be adapted to. Text encoders and tokenizers are made here too: random weights tell ten
+words apart. Everything is made once and kept in runs/any_pipeline.
+"""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from PIL import Image
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = ROOT / "runs" / "any_pipeline"
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+PROMPTS = [f"a handwritten {word}" for word in WORDS]
+VAE_STEPS, VAE_BATCH = 2000, 64
+
+
+def mnist():
+    """Returns 4,000 digits for training and 1,000 held out, uint8 `(n, 28, 28)`, with their labels."""
+    import importlib.util
+
+    with np.load(ROOT / "diffusers_ext" / "assets" / "digits" / "digits.npz") as file:
+        held_out, held_labels = file["images"], file["labels"]
+    path = ROOT / "runs" / "data" / "digits4k.npz"
+    if not path.is_file():
+        spec = importlib.util.spec_from_file_location("make_digits", ROOT / "training" / "data" / "make_digits.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.main()
+    with np.load(path) as file:
+        return file["images"], file["labels"], held_out, held_labels
+
+
+def coloured(grey, ink, paper):
+    """Draws grey digits `(n, 28, 28)` in [0, 1] with ink on paper, colours `(n or 1, 3)`; returns `(n, 3, 28, 28)`."""
+    grey = grey[:, None]
+    return paper[:, :, None, None] + (ink - paper)[:, :, None, None] * grey
+
+
+def write_folder(folder, images, prompts):
+    """Writes images and metadata.jsonl as a captioned folder, once."""
+    folder = Path(folder)
+    if (folder / "metadata.jsonl").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        name = f"{i:05d}.png"
+        Image.fromarray(image).save(folder / name)
+        lines.append(json.dumps({"file_name": name, "text": prompt}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def captioned():
+    """Returns the folder of the 4,000 training digits with their captions."""
+    images, labels, _, _ = mnist()
+    folder = RUNS / "digits"
+    write_folder(folder, [np.repeat(image[:, :, None], 3, 2) for image in images], [PROMPTS[i] for i in labels])
+    return folder
+
+
+def vae():
+    """Returns the VAE of 28x28 images, 4x7x7 latents, trained once; an interrupted training starts again."""
+    folder = RUNS / "vae"
+    if not (folder / "config.json").is_file():
+        torch.manual_seed(0)
+        model = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(16, 24, 32),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=8,
+            sample_size=28,
+        )
+        grey = torch.tensor(mnist()[0]).float() / 255
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=VAE_STEPS, pct_start=0.1)
+        plain = torch.arange(VAE_BATCH)[:, None] < VAE_BATCH // 2
+        for step in range(VAE_STEPS):
+            rows = torch.randint(len(grey), (VAE_BATCH,))
+            ink = torch.where(plain, 1.0, torch.rand(VAE_BATCH, 3))
+            paper = torch.where(plain, 0.0, torch.rand(VAE_BATCH, 3))
+            images = coloured(grey[rows], ink, paper) * 2 - 1
+            posterior = model.encode(images).latent_dist
+            error = (model.decode(posterior.sample()).sample - images).square().mean()
+            loss = error + 3e-4 * posterior.kl().mean() / images[0].numel()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if step % 100 == 0 or step == VAE_STEPS - 1:
+                print(f"VAE step {step}: squared error {error:.4f}", flush=True)
+        model.eval()
+        with torch.no_grad():
+            every = torch.cat([model.encode(coloured(part, torch.ones(1, 3), torch.zeros(1, 3)) * 2 - 1)
+                               .latent_dist.mean for part in grey.split(250)])
+        model.register_to_config(scaling_factor=float(1 / every.std()), shift_factor=float(every.mean()))
+        model.save_pretrained(folder, safe_serialization=True)
+    return AutoencoderKL.from_pretrained(folder).eval()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    captioned()
+    model = vae()
+    print(sum(p.numel() for p in model.parameters()), model.config.scaling_factor, model.config.shift_factor)
