@@ -127,8 +127,117 @@ def vae():
     return AutoencoderKL.from_pretrained(folder).eval()
 
 
+def clip_encoder(seed):
+    """Returns a tokenizer and an untrained encoder that give each word of the captions a token of its own."""
+    words = sorted({word for prompt in PROMPTS for word in prompt.split()})
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    vocabulary = {token: i for i, token in enumerate(["<|startoftext|>", "<|endoftext|>"])}
+    merges = []
+    for token in [*letters, *(f"{letter}</w>" for letter in letters)]:
+        vocabulary[token] = len(vocabulary)
+    for word in words:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            pair = (parts[0], parts[1])
+            if pair not in merges:
+                merges.append(pair)
+            vocabulary.setdefault("".join(pair), len(vocabulary))
+            parts = ["".join(pair), *parts[2:]]
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=8)
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        max_position_embeddings=8,
+        projection_dim=32,
+        initializer_factor=10.0,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return tokenizer, CLIPTextModelWithProjection(config).eval()
+
+
+def sd3(seed):
+    """Returns an untrained StableDiffusion3Pipeline of digits."""
+    (tokenizer, encoder), (tokenizer_2, encoder_2) = clip_encoder(1), clip_encoder(2)
+    torch.manual_seed(seed)
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=7,
+            patch_size=1,
+            in_channels=4,
+            out_channels=4,
+            num_layers=4,
+            num_attention_heads=4,
+            attention_head_dim=16,
+            joint_attention_dim=64,
+            caption_projection_dim=64,
+            pooled_projection_dim=64,
+            pos_embed_max_size=7,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder_2,
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def pixart(seed):
+    """Returns an untrained PixArtSigmaPipeline of digits."""
+    words = sorted({f"\u2581{word}" for prompt in PROMPTS for word in prompt.split()})
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((word, -2.0) for word in words), ("\u2581", -3.0)]
+    pieces += [(chr(c), -8.0) for c in range(ord("a"), ord("z") + 1)]
+    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=16)
+    torch.manual_seed(3)
+    encoder = T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, initializer_factor=1.0)
+    ).eval()
+    torch.manual_seed(seed)
+    return PixArtSigmaPipeline(
+        transformer=PixArtTransformer2DModel(
+            sample_size=7,
+            patch_size=1,
+            in_channels=4,
+            out_channels=8,
+            num_layers=5,
+            num_attention_heads=6,
+            attention_head_dim=16,
+            cross_attention_dim=96,
+            caption_channels=64,
+            use_additional_conditions=False,
+        ),
+        scheduler=DPMSolverMultistepScheduler(beta_schedule="linear"),
+        vae=vae(),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+    )
+
+
+SHAPES = {"sd3": sd3, "pixart": pixart}
+# Both shapes pad their text to hundreds of tokens by default.
+CALL = {"max_sequence_length": 8}
+
+
+def untrained(shape, seed):
+    """Returns the folder of an untrained pipeline, made once."""
+    folder = RUNS / f"{shape}-untrained-{seed}"
+    if not (folder / "model_index.json").is_file():
+        SHAPES[shape](seed).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     captioned()
     model = vae()
+    for shape in SHAPES:
+        untrained(shape, 0)
     print(sum(p.numel() for p in model.parameters()), model.config.scaling_factor, model.config.shift_factor)
