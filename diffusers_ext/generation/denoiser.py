@@ -89,7 +89,7 @@ class PipelineDenoiser(nn.Module):
     def device(self) -> torch.device:
         """Where the network runs."""
         network: Any = self.denoiser
-        if any(hasattr(network, name) for name in ("_hf_hook", "_diffusers_hook")):  # offloaded
+        if _offloaded(network):
             return self._pipe._execution_device
         return next(network.parameters()).device
 
@@ -176,7 +176,7 @@ class PipelineDenoiser(nn.Module):
             raise ValueError(f"`t` must be one timestep or one for each of {batch} samples, got {tuple(t.shape)}.")
         conditions = conditions.repeat(batch)
         groups: dict[Any, list[int]] = {}
-        times = t.tolist() if t.numel() > 1 and self._shares_timestep(conditions) else [None] * batch
+        times = t.tolist() if t.numel() > 1 and self.shares_timestep(conditions) else [None] * batch
         for i, key in enumerate(zip(times, conditions.lengths(), strict=True)):
             groups.setdefault(key, []).append(i)
         if len(groups) == 1:
@@ -404,12 +404,12 @@ class PipelineDenoiser(nn.Module):
 
     def _encoding_device(self) -> torch.device:
         encoders = [m for n, m in _modules(self._pipe).items() if n.startswith("text_encoder")]
-        hooked = any(hasattr(m, name) for m in encoders for name in ("_hf_hook", "_diffusers_hook"))
+        hooked = any(map(_offloaded, encoders))
         if hooked or not encoders:
             return self._pipe._execution_device
         return next(encoders[0].parameters()).device
 
-    def _shares_timestep(self, conditions: Conditions) -> bool:
+    def shares_timestep(self, conditions: Conditions) -> bool:
         """Whether one call of the pipeline can take one timestep only; tried once."""
         if self._one_timestep is None:
             self._one_timestep = False
@@ -431,6 +431,13 @@ class PipelineDenoiser(nn.Module):
             return False
         tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
         return both.shape == single.shape and bool((both - single).abs().max() <= tolerance * single.abs().max())
+
+
+def _offloaded(module: nn.Module) -> bool:
+    """Whether hooks move a module to its device when it is called; other hooks of Diffusers (caching) do not."""
+    from diffusers.hooks.group_offloading import _is_group_offload_enabled
+
+    return hasattr(module, "_hf_hook") or _is_group_offload_enabled(module)
 
 
 def _modules(pipe: Any) -> dict[str, nn.Module]:

@@ -59,7 +59,8 @@ def add_lora(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
         init_lora_weights="gaussian",
-        target_modules=chosen,
+        # By whole names: an end of a name may also be that of a block, which peft refuses.
+        target_modules=[name for name in layers if any(_matches(name, target) for target in chosen)],
         use_dora=dora,
     )
     if hasattr(network, "add_adapter"):

@@ -122,6 +122,8 @@ def _quantization(bits: int, network_name: str, dtype: torch.dtype) -> Any:
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("`quantization` must be left out without bitsandbytes: pip install bitsandbytes")
+    if not torch.cuda.is_available():
+        raise ValueError("`quantization` must be left out without a GPU: bitsandbytes quantizes there.")
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     return PipelineQuantizationConfig(
         quant_backend=f"bitsandbytes_{bits}bit",

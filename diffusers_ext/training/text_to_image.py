@@ -120,7 +120,12 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
             from_scratch=config.pipeline_config is not None,
             bits=None if config.quantization is None else int(config.quantization[0]),
         )
-        # Before anything of size is asked of it.
+        if "prompt" not in inspect.signature(type(self.model.pipe).__call__).parameters:
+            raise ValueError(
+                f"`{self.model.argument}` must be a text-to-image pipeline, got {type(self.model.pipe).__name__}, whose "
+                "call takes no `prompt`: models of images without text are trained by `immiscible`, with --noise "
+                "gaussian for plain noise."
+            )
         self.objective = pipeline_objective(self.model.pipe.scheduler, config.snr_gamma)
         multiple = self._check_resolution()
         if config.aspect_ratio_buckets:
@@ -180,23 +185,24 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
             model.network.to(self.device)
         if config.class_prompt is not None:
             self.data.classes = self._class_images(ctx)
-        self._encode_before(ctx)
-        self.timesteps = {
-            size: pipeline_timesteps(scheduler, config.timestep_sampling, self._mu(size)) for size in self.data.sizes
-        }
+        with quiet():
+            self._encode_before(ctx)
         for p in model.network.parameters():
             if p.requires_grad:
                 p.data = p.data.float()
         if config.gradient_checkpointing:
             model.network.enable_gradient_checkpointing()
-        self._try_network()
+        with quiet():
+            self._try_network()
         self._say_about_noise()
         if config.lora_rank is not None:
             save_only_trained(ctx.accelerator, self.denoiser)
         return Modules(self.denoiser, scheduler)
 
     def _mu(self, size: Size) -> float | None:
-        return self.denoiser.at(size).schedule_arguments().get("mu") if is_flow(self.model.pipe.scheduler) else None
+        one = self.denoiser.at(size)
+        one.latents_shape(1)
+        return one.schedule_arguments().get("mu")
 
     def _class_images(self, ctx: Context[ConfigT]) -> Any:
         """Draws the images of the class that are missing, and loads all of them."""
@@ -231,21 +237,23 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
         self.recordings: TensorCache | None = None
         self._remembered: dict[str, Conditions] = {}
         self.denoiser.at().check([self.data.prompts[0]])
+        # Each size asks the pipeline once, while its encoders are there.
+        scheduler, density = model.pipe.scheduler, config.timestep_sampling
+        self.timesteps = {size: pipeline_timesteps(scheduler, density, self._mu(size)) for size in self.data.sizes}
         encoders = [name for name in model.others() if name.startswith("text_encoder")]
-        identity = {"model": model.name, "call": json.dumps(self._call(), sort_keys=True)}
+        kind = type(model.pipe).__name__
         if config.cache_prompts:
             marks = {name: fingerprint(getattr(model.pipe, name)) for name in encoders}
             texts = list(self.prompts)
-            self.recordings = TensorCache(folder, "prompts", {**identity, **marks, "prompts": texts}, len(texts))
-            with quiet():
-                self.recordings.compute(
-                    lambda rows: self.denoiser.at().encode_prompts([texts[i] for i in rows]).to_tensors(),
-                    ctx.accelerator,
-                )
+            identity = {"pipeline": kind, "call": json.dumps(self._call(), sort_keys=True), **marks, "prompts": texts}
+            self.recordings = TensorCache(folder, "prompts", identity, len(texts))
+            self.recordings.compute(
+                lambda rows: self.denoiser.at().encode_prompts([texts[i] for i in rows]).to_tensors(), ctx.accelerator
+            )
             model.release(encoders)
         if config.cache_latents:
             vae = next(name for name in model.others() if name not in encoders)
-            identity["autoencoder"] = fingerprint(getattr(model.pipe, vae))
+            identity = {"pipeline": kind, "autoencoder": fingerprint(getattr(model.pipe, vae))}
             caches = [self._cache_latents(self.data.images, folder, "latents", identity, ctx)]
             if self.data.classes is not None:
                 caches.append(self._cache_latents(self.data.classes, folder, "class-latents", identity, ctx))
@@ -279,39 +287,24 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
         cache.compute(encode, ctx.accelerator)
         return cache
 
-    @torch.enable_grad()
     def _try_network(self) -> None:
-        """Runs the network forwards and backwards once, and freezes the parameters that the loss does not reach.
+        """Finds out whether a batch shares its timestep, and freezes parameters that the loss does not reach.
 
         With several processes a parameter without gradient would spoil the others' from the first update on.
         """
-        size = self.data.sizes[0]
-        one = self.denoiser.at(size)
-        x = torch.randn(one.latents_shape(2), generator=torch.Generator().manual_seed(0)).to(self.device)
-        prompt = next((p for p in self.data.prompts if p.strip()), "")
-        conditions = self._conditions([prompt, prompt])
+        name, one = type(self.model.pipe).__name__, self.denoiser.at()
+        conditions = self._conditions([next((p for p in self.data.prompts if p.strip()), "")])
         self.one_timestep = one.shares_timestep(conditions)
         if self.one_timestep:
-            logger.warning(
-                "%s takes one timestep a call: all samples of a micro-batch share one.", type(self.model.pipe).__name__
-            )
-        t = torch.full((2,), 500.0 if is_flow(self.model.pipe.scheduler) else 500, device=self.device)
-        t = t if is_flow(self.model.pipe.scheduler) else t.long().clamp(max=self._length() - 1)
-        trained = {name: p for name, p in self.denoiser.named_parameters() if p.requires_grad}
-        with torch.autocast(self.device.type, self.autocast_dtype, self.autocast_dtype != torch.float32):
-            self.denoiser(x, t[:1] if self.one_timestep else t, conditions, size).square().mean().backward()
-        unused = [name for name, p in trained.items() if p.grad is None]
-        for name in unused:
-            trained[name].requires_grad_(False)
+            logger.warning("%s takes one timestep a call: all samples of a micro-batch share one.", name)
+        trained = {key: p for key, p in one.denoiser.named_parameters() if p.requires_grad}
+        unused = one.unused_parameters(conditions)
+        for key in unused:
+            trained[key].requires_grad_(False)
         if len(unused) == len(trained):
-            raise ValueError(f"{type(self.model.pipe).__name__}: no parameter that is to be trained gets a gradient.")
+            raise ValueError(f"{name}: no parameter that is to be trained gets a gradient.")
         if unused:
             logger.warning("%d parameters get no gradient and stay as they are, first %s.", len(unused), unused[0])
-        for p in trained.values():
-            p.grad = None
-
-    def _length(self) -> int:
-        return int(self.model.pipe.scheduler.config.num_train_timesteps)
 
     def _say_about_length(self) -> None:
         """Counts captions that a text encoder would cut."""
