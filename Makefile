@@ -1,5 +1,6 @@
 # make demo   sets up and shows the shipped model at work
 # make test   sets up and runs the tests
+# make docs   builds the documentation into site/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ TORCH ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test lint types check experiments clean
+.PHONY: demo test lint types docs check experiments clean
 
 demo: $(VENV)/.ready
 	$(BIN)/diffusers-ext demo
@@ -25,13 +26,16 @@ lint: $(VENV)/.ready-dev
 types: $(VENV)/.ready-dev
 	$(BIN)/pyright
 
-check: lint types test
+docs: $(VENV)/.ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+check: lint types docs test
 
 experiments: $(VENV)/.ready-dev
 	$(BIN)/python -m pip install --progress-bar on -e ".[experiments]"
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache
 
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -42,4 +46,8 @@ $(VENV)/.ready: pyproject.toml
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(BIN)/python -m pip install --disable-pip-version-check "pip>=25.1"
 	$(BIN)/python -m pip install --group dev
+	touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready-dev
+	$(BIN)/python -m pip install --group docs
 	touch $@

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import statistics
 import time
 from pathlib import Path
@@ -37,6 +38,22 @@ def figure(value, unit, goal=None, spread=None):
     return entry
 
 
+def described(figures, says):
+    """Returns the figures with a sentence each where `says` has one.
+
+    Args:
+        figures: entries by name.
+        says: sentences by patterns of whole names; groups of the pattern stand as `\\1`, the value as `{}` or, with a
+            format of its own, as `{:.1%}`.
+    """
+    found = {}
+    for name, entry in figures.items():
+        bare = {key: value for key, value in entry.items() if key != "says"}
+        match = next((m for pattern in says if (m := re.fullmatch(pattern, name))), None)
+        found[name] = {**bare, "says": match.expand(says[match.re.pattern])} if match else bare
+    return found
+
+
 def spread(values):
     """Returns the standard deviation over seeds, `None` of a single one."""
     return statistics.stdev(values) if len(values) > 1 else None
@@ -58,8 +75,11 @@ def small_unet(size, channels, blocks, groups):
     )
 
 
-def write_result(name, command, figures, seeds, seconds, table=None):
-    """Writes benchmarks/results/{name}.json, such as "oms/overhead", and prints the figures; `table`: see report.py."""
+def write_result(name, command, figures, seeds, seconds, table=None, says=None):
+    """Writes benchmarks/results/{name}.json, such as "oms/overhead", and prints the figures.
+
+    `table`: see report.py; `says`: see `described`.
+    """
     result = {
         "name": name,
         "command": command,
@@ -71,7 +91,7 @@ def write_result(name, command, figures, seeds, seconds, table=None):
             "accelerate": accelerate.__version__,
         },
         "seconds": round(seconds),
-        "figures": figures,
+        "figures": described(figures, says or {}),
     }
     if table is not None:
         result["table"] = table

@@ -1,15 +1,18 @@
 """The command line, and the demo as a user runs it."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 import diffusers_ext
 
+PICTURES = Path(diffusers_ext.__file__).parent.parent / "docs" / "pictures"
 DEMO = "import sys; from diffusers_ext.cli import main; main(sys.argv[1:])"
 
 
@@ -48,6 +51,12 @@ def test_demo_loads_draws_measures_finetunes_and_reloads(tmp_path):
     real, samples, noise = (part[28:].std() for part in np.array_split(picture, 3, axis=1))
     assert min(real, samples, noise) > 10  # none of the three panels is blank
     assert (tmp_path / "digits-finetuned" / "model_index.json").is_file()
+    # The pictures of the documentation are those that the demo draws today.
+    for path in tmp_path.glob("*.json"):
+        shown = json.loads((PICTURES / path.name).read_text())
+        assert json.loads(path.read_text()) == pytest.approx(
+            shown, rel=0.05, abs=0.06 if path.stem == "sda" else 0.005
+        )
 
 
 def test_assets_are_small_and_safe():

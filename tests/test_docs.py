@@ -1,15 +1,18 @@
-"""Examples in docstrings run, and README.md says what the code and the results say."""
+"""Examples in docstrings run, and the documentation says what the code and the results say."""
 
+import ast
 import doctest
 import json
 import re
-import subprocess
-import sys
+import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 import diffusers_ext
+from benchmarks import report
+from benchmarks.headlines import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,11 +56,8 @@ def test_public_names_are_documented(name):
     assert len(doc.splitlines()[0]) > 10
 
 
-def test_readme_tables_are_those_of_the_results():
-    run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.report", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
+def test_what_is_written_of_results_is_what_was_measured():
+    report.main(["--check"])
 
 
 @pytest.mark.parametrize(
@@ -71,21 +71,168 @@ def test_results_are_whole(path):
     for figure in result["figures"].values():
         assert isinstance(figure["value"], float | int)
         assert re.fullmatch(r"(<=|>=|<|>) [\d.]+", figure.get("goal", "<= 0"))
+        assert "goal" not in figure or len(figure["says"]) > 20
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/results.md", "training/README.md"])
-def test_linked_files_exist(document):
-    path = ROOT / document
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text())
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), ROOT / "training" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FOLDERS = sorted(p.name for p in (ROOT / "diffusers_ext" / "methods").iterdir() if (p / "__init__.py").is_file())
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_linked_files_exist(path):
+    links = re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", path.read_text())
     assert [link for link in links if not (path.parent / link).exists()] == []
 
 
-def test_readme_python_runs(tmp_path):
-    """The blocks that need nothing trained; the one that trains is shortened to two steps."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 3
-    for block in blocks:
-        code = block.replace("max_train_steps=20", "max_train_steps=2").replace("runs/", f"{tmp_path}/")
-        code = code.replace('save("', f'save("{tmp_path}/')
-        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr
+def test_every_method_has_a_page_and_a_row():
+    nav = (ROOT / "mkdocs.yml").read_text()
+    assert sorted(METHODS) == FOLDERS
+    for name in FOLDERS:
+        page = (ROOT / "docs" / "methods" / f"{name}.md").read_text()
+        assert f"methods/{name}.md" in nav
+        assert "![" in page.split("\n## ")[0]  # the problem in a picture
+        heads = ["The equation", "In five lines", "Training", "What it costs", "Measured results"]
+        assert re.findall(r"^## (.*)$", page, re.MULTILINE) == [*heads, "When not to use it", "API"]
+        assert f"(docs/methods/{name}.md)" in (ROOT / "README.md").read_text()
+
+
+def test_every_public_name_stands_on_one_page():
+    marks = [m.split() for path in DOCUMENTS for m in re.findall(r"<!-- api: ([\w. ]+) -->", path.read_text())]
+    parts = [part for mark in marks for part in mark]
+    for module in diffusers_ext._PUBLIC:
+        assert [p for p in parts if f"{module}.".startswith(f"{p}.")] != [], module
+    assert len(parts) == len(set(parts))
+
+
+def test_readme_is_one_screen_and_cites_its_papers():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == diffusers_ext.__version__
+    cited = {reference["url"].split("/")[-1] for reference in citation["references"]}
+    assert {paper for method in METHODS.values() for paper in method["papers"]} <= cited
+
+
+def strings():
+    """The texts that the package's code holds, what is filled in as an ellipsis."""
+    found = set()
+    for path in (ROOT / "diffusers_ext").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.add("".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
+    return found
+
+
+def test_messages_of_the_troubleshooting_page_are_the_code_s():
+    def pieces(text):
+        return [piece for piece in re.split("…", text) if len(piece) > 8]
+
+    page = (ROOT / "docs" / "guides" / "troubleshooting.md").read_text()
+    messages = re.findall(r"^(?:or )?\*\*`` ?(.+?) ?``\*\*", page, re.MULTILINE)
+    assert len(messages) >= 50
+    texts = strings()
+    for message in messages:
+        # `require` joins a name, " must be " and what is accepted, each a text of its own.
+        wanted = [message, message.partition(" must be ")[2].removesuffix(", got …")]
+        assert any(all(p in text for p in pieces(w)) for w in wanted if pieces(w) for text in texts), message
+
+
+def blocks(language):
+    """The code blocks of all documents, each once."""
+    seen, found = set(), []
+    for path in DOCUMENTS:
+        text = path.read_text()
+        for match in re.finditer(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            if match[1] not in seen:
+                seen.add(match[1])
+                line = text[: match.start()].count("\n") + 2
+                found.append(pytest.param(match[1], id=f"{path.relative_to(ROOT)}:{line}"))
+    return found
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A working folder like a clone's, where runs may be written."""
+    for name in ("diffusers_ext", "pipelines", "training"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_of_the_documents_runs(block, clone):
+    """Those that say what they need are only compiled; training is shortened to two steps."""
+    assert len(block.splitlines()) <= 100
+    code = compile(block.replace("max_train_steps=20", "max_train_steps=2"), "block", "exec")
+    if not block.startswith("# needs "):
+        exec(code, {"__name__": "block"})
+
+
+def lines(block):
+    """The commands of a block as lists of words; variables are filled in, comments and `&&` taken apart."""
+    variables = {}
+    shipped = re.sub(r"\$\(diffusers-ext config (\w+)\)", r"training/configs/\1.yaml", block)
+    for line in shipped.replace("\\\n", " ").splitlines():
+        for command in line.split("&&"):
+            words = shlex.split(command, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                name, _, variables[name] = words.pop(0).partition("=")
+            filled = [v for word in words for v in (variables[word[1:]].split() if word[:1] == "$" else [word])]
+            if filled:
+                yield filled
+
+
+def check_command(words):
+    """Fails on an unknown argument, target, script or file."""
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    if "--config_file" in words:
+        assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+    if "--config" in words:  # by the name of a shipped one
+        place = words.index("--config") + 1
+        words[place] = str(ROOT / "training" / "configs" / f"{words[place]}.yaml")
+        assert Path(words[place]).is_file()
+    scripts = [word for word in words if word.endswith(".py")]
+    assert all((ROOT / script).is_file() for script in scripts)
+    if "diffusers_ext.train" in words and words[0] != "pkill":
+        method, arguments = (
+            words[words.index("diffusers_ext.train") + 1],
+            words[words.index("diffusers_ext.train") + 2 :],
+        )
+    elif "diffusers-ext" in words:
+        command, *arguments = words[words.index("diffusers-ext") + 1 :]
+        if command in ("demo", "info"):
+            return
+        if command != "train":
+            config = {"generate": "GenerateConfig", "align": "AlignSetConfig", "evaluate": "EvaluateConfig"}[command]
+            diffusers_ext.parse_config(getattr(diffusers_ext, config), arguments)
+            return
+        method, *arguments = arguments
+    else:
+        assert words[0] in ("hf", "pip", "pkill", "pre-commit", "python", "source"), words
+        return
+    script = (ROOT / "training" / f"train_{method}.py").read_text()
+    config = getattr(diffusers_ext, re.search(r"run_training\((\w+)\)", script)[1]).Config
+    if "--help" not in arguments:
+        diffusers_ext.parse_config(config, [word for word in arguments if word != "&"])
+
+
+@pytest.mark.parametrize("block", blocks("bash"))
+def test_commands_of_the_documents_are_understood(block, clone):
+    commands = list(lines(block))
+    assert commands
+    for words in commands:
+        check_command(words)
+
+
+def test_a_wrong_command_is_found(clone):
+    for line in (
+        "make nothing",
+        "diffusers-ext train oms --nonsense 1",
+        "python no/such.py",
+        "diffusers-ext train oms --config no_such",
+    ):
+        with pytest.raises((AssertionError, KeyError, SystemExit)):
+            check_command(line.split())

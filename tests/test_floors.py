@@ -1,6 +1,7 @@
 """The floors of the package: who may import whom."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,12 @@ def violations(path):
         if own is None or floor_of(part) <= floor_of(own):
             found.append(f"{path.relative_to(PACKAGE)} imports {module}")
     return found
+
+
+def test_the_documented_floors_are_these():
+    page = (PACKAGE.parent / "docs" / "guides" / "layout.md").read_text()
+    rows = re.findall(r"^\| \d+ \| (.*?) \|", page, re.MULTILINE)
+    assert [re.findall(r"`([\w.*]+)`", row) for row in rows] == FLOORS
 
 
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if "assets" not in p.parts and p != PACKAGE / "__init__.py")

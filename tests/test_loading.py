@@ -37,8 +37,8 @@ from diffusers_ext import (
 from diffusers_ext.hub.repo import pipeline_code
 
 from .hub.server import HubServer
-from .oms.tiny import module as text_module
-from .oms.tiny import pixel_module, stable_diffusion, stable_diffusion_xl, text_encoder, tokenizer
+from .methods.oms.tiny import module as text_module
+from .methods.oms.tiny import pixel_module, stable_diffusion, stable_diffusion_xl, text_encoder, tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 

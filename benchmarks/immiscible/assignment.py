@@ -64,6 +64,19 @@ def share_of_training_step():
     return times["assignment"] / times["step"]
 
 
+# What each figure says, for docs/results.md: names as patterns, values for the braces.
+SAYS = {
+    r"original_over_ours_b(\d+)": r"Pairing a batch of \1 is {} times as fast as by the authors' code.",
+    r"cdist_over_ours_b(\d+)": r"Pairing a batch of \1 is {} times as fast as by `torch.cdist` and SciPy.",
+    "unshifted_over_ours_digits_b1000": (
+        "Centring the costs first makes the assignment of 1,000 digits {} times as fast."
+    ),
+    "share_of_cpu_training_step_b64": (
+        "The assignment takes {:.2%} of a small net's training step on a CPU at batch 64."
+    ),
+}
+
+
 def main():
     torch.set_num_threads(1)
     start, figures = time.perf_counter(), {}
@@ -93,6 +106,7 @@ def main():
         figures,
         [0],
         time.perf_counter() - start,
+        says=SAYS,
     )
 
 

@@ -316,6 +316,19 @@ GOALS = {
 }
 
 
+# What each figure says, for docs/results.md: names as patterns, values for the braces.
+SAYS = {
+    "out_of_range_over_slerp": "From noisy images, frames have {} times as many values out of range as slerp's.",
+    "nearest_over_slerp": "Their distance to the nearest training image is {} times that of slerp's frames.",
+    "pixel_frechet_over_slerp": "Their Frechet distance on pixels to clean images is {} times that of slerp's frames.",
+    "feature_frechet_over_slerp": (
+        "Their Frechet distance on features to clean images is {} times that of slerp's frames."
+    ),
+    "cosine_above_noise": "Their similarity to the two clean sources is higher by {} than with shared noise.",
+    "cosine_below_slerp": "Their similarity to the two clean sources is lower by {} than slerp's (below 0: higher).",
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=["digits", "photos"], required=True)
@@ -338,7 +351,9 @@ def main():
     rows |= {key(f"sweep {name}"): f"sweep, noise {name.replace('/', ', ')}" for name in by_seed[0]["sweep"]}
     table = {"of": "input, method", "rows": rows, "columns": {m: m.replace("_", " ") for m in MEASURES}}
     figures = summarise(by_seed, GOALS[args.data])
-    write_result(f"noise_diffusion/{args.data}", data.command, figures, SEEDS, time.perf_counter() - start, table)
+    write_result(
+        f"noise_diffusion/{args.data}", data.command, figures, SEEDS, time.perf_counter() - start, table, says=SAYS
+    )
 
 
 if __name__ == "__main__":

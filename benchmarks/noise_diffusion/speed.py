@@ -171,6 +171,22 @@ def report_peak(function):
     print(status("VmHWM:") - before)
 
 
+# What each figure says, for docs/results.md: names as patterns, values for the braces.
+SAYS = {
+    r"one_by_one_over_batched_n(\d+)": r"\1 frames in one batch are {} times as fast as one by one.",
+    r"time_k(\d+)_over_k(\d+)_over_2": r"Twice the network calls (\1 for \2) take {} times twice the time.",
+    "original_over_our_forwards": (
+        "The authors' code calls the network {} times as often for five frames at 200 steps."
+    ),
+    "original_over_our_time": "The authors' code takes {} times as long for the same five frames and steps.",
+    "mixing_and_diagnostics_share": "Mixing the states and measuring them takes {:.3%} of the call.",
+    r"error_over_that_with_(\d+)_iterations": (
+        r"\1 fixed-point iterations make the error of inverting and decoding {} times smaller."
+    ),
+    r"inversion_time_with_(\d+)_iterations": r"With \1 fixed-point iterations the inversion takes {} times as long.",
+}
+
+
 def main():
     torch.set_num_threads(1)
     start, figures = time.perf_counter(), {}
@@ -198,7 +214,7 @@ def main():
         figures[f"error_over_that_with_{iterations}_iterations"] = figure(error / corrected, "ratio", goal)
         figures[f"inversion_time_with_{iterations}_iterations"] = figure(longer / seconds, "ratio")
     command = "python -m benchmarks.noise_diffusion.speed"
-    write_result("noise_diffusion/speed", command, figures, [0], time.perf_counter() - start)
+    write_result("noise_diffusion/speed", command, figures, [0], time.perf_counter() - start, says=SAYS)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What `make demo` shows: one panel per method, each one function in a file of its own that takes the output folder.
 
-A panel loads what ships under `assets/`, prints its figures and returns the path of its picture.
+A panel loads what ships under `assets/`, prints its figures, writes its picture and
+beside it the figures as JSON, and returns the picture's path.
 """
 
 from __future__ import annotations

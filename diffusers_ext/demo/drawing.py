@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 from diffusers_ext.training.callbacks import image_grid
 
-__all__ = ["grid", "histogram", "titled"]
+__all__ = ["grid", "histogram", "saved", "titled"]
+
+
+def saved(picture: Image.Image, path: Path, figures: dict[str, float]) -> Path:
+    """Writes a picture, and the figures that it shows into a JSON file beside it; returns the picture's path."""
+    picture.save(path)
+    rounded = {name: round(float(value), 4) for name, value in figures.items()}
+    path.with_suffix(".json").write_text(json.dumps(rounded, indent=1) + "\n")
+    return path
 
 
 def titled(panels: dict[str, Image.Image], scale: int = 2) -> Image.Image:
@@ -17,12 +28,14 @@ def titled(panels: dict[str, Image.Image], scale: int = 2) -> Image.Image:
         title: image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
         for title, image in panels.items()
     }
-    gap, head = 16, 28
+    gap = 16
     width = sum(image.width + gap for image in enlarged.values()) + gap
+    letters = max(15, width // 70)  # so that titles can be read where the picture is shown small
+    head = letters + 13
     canvas = Image.new("RGB", (width, max(image.height for image in enlarged.values()) + head + gap), "white")
     draw, x = ImageDraw.Draw(canvas), gap
     for title, image in enlarged.items():
-        draw.text((x, 6), title, fill="black", font_size=15)
+        draw.text((x, 6), title, fill="black", font_size=letters)
         canvas.paste(image, (x, head))
         x += image.width + gap
     return canvas

@@ -18,7 +18,7 @@ from diffusers_ext.metrics.features import ImageClassifierFeatures, extract_feat
 from diffusers_ext.metrics.frechet import frechet_distance
 from diffusers_ext.training.engine import Trainer
 
-from .drawing import grid, titled
+from .drawing import grid, saved, titled
 
 __all__ = ["image_generation"]
 
@@ -72,15 +72,14 @@ def image_generation(output_dir: Path) -> Path:
     subprocess.run([sys.executable, "-c", script, str(tuned)], check=True)
 
     picked = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:64]
-    path = output_dir / "image_generation.png"
-    titled(
+    picture = titled(
         {
             "real digits": grid(real[picked]),
             f"samples, {STEPS} steps (FD {distance:.0f})": grid(samples[:64]),
             f"untrained net (FD {baseline:.0f})": grid(noise[:64]),
         }
-    ).save(path)
-    return path
+    )
+    return saved(picture, output_dir / "image_generation.png", {"fd_samples": distance, "fd_untrained": baseline})
 
 
 def draw(pipeline: ImageGenerationPipeline, count: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from diffusers_ext.data.sources import load_images
 from diffusers_ext.metrics.features import ImageClassifierFeatures, extract_features
 from diffusers_ext.metrics.frechet import frechet_distance
 
-from .drawing import grid, titled
+from .drawing import grid, saved, titled
 
 __all__ = ["mmd_ddm"]
 
@@ -46,10 +46,8 @@ def mmd_ddm(output_dir: Path) -> Path:
     distance = {title: frechet_distance(f, features["real digits"]) for title, f in features.items()}
     before, after = list(distance.values())[1:]
     print(f"Frechet distance to real digits in {steps} steps: before {before:.1f}, after {after:.1f}")
-    path = output_dir / "mmd_ddm.png"
     panels = {
         title if title == "real digits" else f"{title} (FD {distance[title]:.0f})": grid(pixels[:64])
         for title, pixels in images.items()
     }
-    titled(panels, scale=3).save(path)
-    return path
+    return saved(titled(panels, scale=3), output_dir / "mmd_ddm.png", {"fd_before": before, "fd_after": after})

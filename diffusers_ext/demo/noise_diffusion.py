@@ -13,6 +13,8 @@ from diffusers_ext.data.digits import ASSETS, DIGITS
 from diffusers_ext.methods.noise_diffusion.base import METHODS
 from diffusers_ext.methods.noise_diffusion.pipeline import NoiseDiffusionPipeline
 
+from .drawing import saved
+
 __all__ = ["noise_diffusion"]
 
 STEPS, FRAMES = 50, 5
@@ -41,9 +43,9 @@ def noise_diffusion(output_dir: Path) -> Path:
     print(inverted)
     for method, diagnostics in found.items():
         print(f"norm ratio of the frames' states, {method}: {diagnostics['frames'].pooled['norm_ratio']:.3f}")
-    path = output_dir / "noise_diffusion.png"
-    _picture(rows, found).save(path)
-    return path
+    figures = {f"norm_{method}": float(of["frames"].pooled["norm_ratio"]) for method, of in found.items()}
+    figures |= {f"norm_inverted_{i}": ratio for i, ratio in enumerate(inverted.norm_ratio.tolist())}
+    return saved(_picture(rows, found), output_dir / "noise_diffusion.png", figures)
 
 
 def _picture(rows: dict[str, torch.Tensor], found: dict[str, Any], scale: int = 3) -> Image.Image:

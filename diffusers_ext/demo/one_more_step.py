@@ -13,7 +13,7 @@ from scipy.stats import wasserstein_distance
 from diffusers_ext.data.digits import ASSETS
 from diffusers_ext.methods.oms.pipeline import OMSPipeline
 
-from .drawing import grid, histogram, titled
+from .drawing import grid, histogram, saved, titled
 
 __all__ = ["one_more_step"]
 
@@ -42,7 +42,6 @@ def one_more_step(output_dir: Path) -> Path:
         "Wasserstein distance of mean brightness to that of photographs: "
         f"plain {distance['plain']:.3f}, one more step {distance['one more step']:.3f}"
     )
-    path = output_dir / "one_more_step.png"
     order = np.argsort(labels.numpy(), kind="stable")[:: max(1, len(labels) // 64)][:64]
     grids = {
         title if title == "photographs" else f"{title} (W1 {distance[title]:.3f})": grid(
@@ -50,5 +49,7 @@ def one_more_step(output_dir: Path) -> Path:
         )
         for title, pixels in images.items()
     }
-    titled({**grids, "mean brightness": histogram(brightness)}).save(path)
-    return path
+    figures = {"w1_plain": distance["plain"], "w1_one_more_step": distance["one more step"]}
+    return saved(
+        titled({**grids, "mean brightness": histogram(brightness)}), output_dir / "one_more_step.png", figures
+    )

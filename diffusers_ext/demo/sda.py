@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from diffusers_ext.data.corruptions import corrupt
 from diffusers_ext.data.digits import ASSETS, DIGITS
 
-from .drawing import titled
+from .drawing import saved, titled
 
 __all__ = ["sda"]
 
@@ -51,9 +51,13 @@ def sda(output_dir: Path) -> Path:
     rows = [COUNT * i + np.arange(SHOWN) for i in range(len(CORRUPTIONS))]
     before = _pictures(corrupted, rows, source.labels, right["source"])
     after = _pictures(adapted, rows, output.labels, right["adapted"])
-    path = output_dir / "sda.png"
-    titled({"corrupted, and read as": before, "adapted, and read as": after, "accuracy": _bars(right)}, 1).save(path)
-    return path
+    picture = titled({"corrupted, and read as": before, "adapted, and read as": after, "accuracy": _bars(right)}, 1)
+    figures = {
+        f"{view}_{name}": shares.reshape(len(CORRUPTIONS), COUNT)[i].mean()
+        for view, shares in right.items()
+        for i, (name, _) in enumerate(CORRUPTIONS)
+    }
+    return saved(picture, output_dir / "sda.png", figures)
 
 
 def _pictures(

@@ -1,0 +1,62 @@
+"""The methods as README.md and the documentation list them; report.py fills in the figures of their results."""
+
+METHODS = {
+    "domain_studio": {
+        "title": "DomainStudio",
+        "papers": ["2306.14153"],
+        "gives": "Adapt a model, also Stable Diffusion, to about ten images without ending in copies of the ten.",
+        "headline": (
+            "Samples stay {experiment[domain_studio_over_plain_intra_cluster_600]} times as diverse as after plain "
+            "fine-tuning, at {experiment[domain_studio_over_plain_frechet_distance_600]} of its Frechet distance."
+        ),
+    },
+    "immiscible": {
+        "title": "Immiscible Diffusion",
+        "papers": ["2406.12303", "2505.18521"],
+        "gives": "Train on noise that lies near each image: one argument, nothing else changes.",
+        "headline": (
+            "Flow matching gets to plain training's 4-step quality in {digits8_flow[speedup_assignment]} times fewer "
+            "training steps on 8x8 digits, in {digits28_flow[speedup_assignment]} times fewer on 28x28 ones."
+        ),
+    },
+    "mmd_ddm": {
+        "title": "MMD-DDM",
+        "papers": ["2301.07969"],
+        "gives": "Tune a pretrained model for 5 or 10 sampling steps, in minutes and without a teacher.",
+        "headline": (
+            "On digits, 5 steps after tuning are as good as 50 before: a Frechet distance of "
+            "{experiment[fd_held_out_5_tuned_for_5_digits]} against "
+            "{experiment[fd_held_out_50_untuned_digits]} (lower is better)."
+        ),
+    },
+    "noise_diffusion": {
+        "title": "NoiseDiffusion",
+        "papers": ["2403.08840"],
+        "gives": "Make frames between two real photographs, noisy ones too. Nothing is trained.",
+        "headline": (
+            "Between noisy digits, {digits[out_of_range_noise_0.3_noise_diffusion]:.1%} of the pixels are out of "
+            "range; with spherical interpolation it is {digits[out_of_range_noise_0.3_slerp]:.0%}."
+        ),
+    },
+    "oms": {
+        "title": "One More Step",
+        "papers": ["2311.15744"],
+        "gives": (
+            "Let a finished model draw dark and bright images: a small network in front, the model stays as it is."
+        ),
+        "headline": (
+            "Brightness of the samples is distributed {experiment[brightness_nearer_oms]} times nearer to that of "
+            "real photographs."
+        ),
+    },
+    "sda": {
+        "title": "SDA test-time adaptation",
+        "papers": ["2406.04295", "2207.03442"],
+        "gives": "Keep an image classifier right on noisy, blurred or torn images, one image at a time.",
+        "headline": (
+            "Over 15 corruptions of digits, {experiment[mean_source]:.0f}% right becomes "
+            "{experiment[mean_sda]:.0f}%; batch statistics reach {experiment[mean_bn_shuffled]:.0f}% where whole "
+            "shuffled batches are at hand."
+        ),
+    },
+}

@@ -1,0 +1,31 @@
+"""Makes the pictures of the documentation.
+
+    python -m benchmarks.pictures     # three minutes on a core
+
+The panels of the demo draw those of the methods that they show, each with a JSON file of its figures, which the demo's
+test compares with a fresh run. Methods without a panel have the picture of their experiment.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from benchmarks.harness import RESULTS
+from diffusers_ext.demo import PANELS, run_demo
+
+PICTURES = RESULTS.parents[1] / "docs" / "pictures"
+EXPERIMENTS = {"domain_studio": "domain_studio/experiment", "immiscible": "immiscible/digits8_flow"}
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        run_demo(Path(folder))
+        for name in PANELS:
+            for ending in ("png", "json"):
+                shutil.copy(Path(folder) / f"{name}.{ending}", PICTURES)
+    for method, result in EXPERIMENTS.items():
+        shutil.copy(RESULTS / f"{result}.png", PICTURES / f"{method}.png")
+
+
+if __name__ == "__main__":
+    main()
