@@ -25,6 +25,8 @@ _PUBLIC = {
         "pairwise_similarity_loss",
     ],
     "methods.domain_studio.recipe": ["DomainStudioConfig", "DomainStudioRecipe"],
+    "generation.denoiser": ["PipelineDenoiser"],
+    "generation.prompts": ["Conditions"],
     "generation.pipeline": ["ImageGenerationPipeline"],
     "hub.card": ["RepoCard"],
     "hub.repo": ["push_repo", "save_lora_repo", "save_repo"],

@@ -1,0 +1,81 @@
+"""What a pipeline's stock call hands to its scheduler, to compare with."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .prompts import fresh
+from .seam import Reached, copied
+
+__all__ = ["evaluating", "stock_steps"]
+
+
+@torch.no_grad()
+def stock_steps(
+    pipe: Any, arguments: dict[str, Any], batch: int, steps: int = 2
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], list[Any]]:
+    """Samples with the stock pipeline for some steps.
+
+    Args:
+        pipe: any pipeline with a scheduler; it and its scheduler stay as they are.
+        arguments: of its call.
+        batch: the number of samples in them.
+        steps: after how many to end.
+
+    Returns:
+        For each step the input as the network meets it, the timestep, and the output that reached `scheduler.step`;
+        and what the calls of `encode_prompt` returned.
+    """
+    found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    scaled: list[torch.Tensor] = []
+    base: Any = type(pipe.scheduler)
+
+    def scale_model_input(self: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        scaled[:] = [base.scale_model_input(self, sample, *args, **kwargs)]
+        return scaled[0]
+
+    def step(self: Any, model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        x = (scaled or [sample])[0]
+        found.append((x[:batch].clone(), torch.as_tensor(timestep), torch.as_tensor(model_output).clone()))
+        if len(found) == steps:
+            raise Reached(None)
+        return base.step(self, model_output, timestep, sample, *args, **kwargs)
+
+    members: dict[str, Any] = {"__module__": base.__module__, "step": step}
+    if hasattr(base, "scale_model_input"):
+        members["scale_model_input"] = scale_model_input
+    scheduler = copied(copy.deepcopy(pipe.scheduler), type(base.__name__, (base,), members))
+
+    recorded: list[Any] = []
+    original: Any = type(pipe)
+
+    def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        recorded.append(original.encode_prompt(self, *args, **kwargs))
+        return fresh(recorded[-1])
+
+    members = {"__module__": original.__module__}
+    if hasattr(original, "encode_prompt"):
+        members["encode_prompt"] = encode_prompt
+    cls = type(original.__name__, (original,), members)
+    stock = copied(pipe, cls, scheduler=scheduler, _progress_bar_config={"disable": True})
+    with contextlib.suppress(Reached):
+        stock(**arguments)
+    return found, recorded
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Turns dropout off for a while."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
