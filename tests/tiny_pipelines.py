@@ -147,7 +147,9 @@ def stable_diffusion():
         text_encoder=clip(cls=CLIPTextModel),
         tokenizer=clip_tokenizer(),
         unet=unet(),
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False),
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

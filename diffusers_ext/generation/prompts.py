@@ -35,6 +35,7 @@ class Conditions:
     def __init__(self, prompts: Sequence[Any], recordings: Sequence[list[Any]], masked: bool = False) -> None:
         self.prompts, self.recordings, self.masked = list(prompts), list(recordings), masked
         self._joined: dict[Any, list[Any]] = {}
+        self._lengths: list[tuple[int, ...]] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -52,9 +53,15 @@ class Conditions:
         """Returns one prompt's conditions for a whole batch."""
         return self if len(self) == batch else self[[0] * batch]
 
+    @property
     def lengths(self) -> list[tuple[int, ...]]:
-        """Returns what of each prompt cannot share a batch with another: text of other length without a mask."""
-        return [tuple(_unmasked(recording, self.masked)) for recording in self.recordings]
+        """The lengths of each prompt's texts that have no mask: prompts of other lengths cannot share a batch."""
+        if self._lengths is None:
+            self._lengths = [
+                tuple(length for call in recording for length in _unmasked(call, self.masked))
+                for recording in self.recordings
+            ]
+        return self._lengths
 
     def joined(self, device: torch.device, dtype: torch.dtype, multiple: int = 1) -> list[Any]:
         """Returns what `encode_prompt` would answer for the whole batch, call by call.

@@ -13,7 +13,7 @@ from torch import nn
 from .prompts import fresh
 from .seam import Reached, copied
 
-__all__ = ["evaluating", "stock_steps"]
+__all__ = ["difference", "evaluating", "stock_steps"]
 
 
 @torch.no_grad()
@@ -79,3 +79,20 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def difference(output: torch.Tensor, wanted: torch.Tensor, tolerance: float, place: str) -> float:
+    """Returns the largest difference of an output from the stock pipeline's.
+
+    Raises:
+        ValueError: it is above `tolerance` times the largest value, or the shapes differ.
+    """
+    wanted = wanted.to(output.device, torch.float32)
+    same = output.shape == wanted.shape
+    found, scale = float((output - wanted).abs().max()) if same else float("inf"), float(wanted.abs().max())
+    if not found <= tolerance * scale:
+        raise ValueError(
+            f"The seam is broken at {place}: the output {tuple(output.shape)} differs by {found:.2g} (of {scale:.2g}) "
+            f"from the {tuple(wanted.shape)} that the stock call hands to its scheduler."
+        )
+    return found
