@@ -116,10 +116,11 @@ class PipelineDenoiser(nn.Module):
             raise ValueError(f"`prompts` must be a list of {kind.__name__} for {self._stock.name}, got {wrong[0]!r}.")
         recorded: dict[Any, list[Any]] = {}
         for prompt in dict.fromkeys(prompts):
-            call = Call(self._stock.encoding_device, torch.empty(0), stop="enter")
+            recorded[prompt] = []
             if has_text:
-                self._stock.run(call, [prompt], self.denoiser)
-            recorded[prompt] = call.recorded
+                device = self._stock.encoding_device
+                call, _ = self._stock.run_without_loop("enter", [prompt], self.denoiser, device)
+                recorded[prompt] = call.recorded
         conditions = Conditions(prompts, [recorded[prompt] for prompt in prompts], self._stock.takes_mask)
         self._sample = self._sample or conditions[0]
         return conditions
@@ -277,9 +278,7 @@ class PipelineDenoiser(nn.Module):
         """Runs the pipeline's call until its own latents have entered."""
         sample = self._one_prompt()
         played = sample.joined(self.device, self.dtype)
-        call = Call(self.device, self._stock.no_timesteps(), None, played, stop="enter")
-        self._stock.run(call, sample.prompts, self.denoiser)
-        return call
+        return self._stock.run_without_loop("enter", sample.prompts, self.denoiser, self.device, None, played)[0]
 
     @torch.no_grad()
     def _image_latents(self) -> ImageLatents:

@@ -9,7 +9,6 @@ import torch
 
 from .latents import full_precision
 from .prompts import Conditions
-from .seam import Call
 from .stock_call import StockCall
 
 __all__ = ["ImageLatents", "LatentMap"]
@@ -99,8 +98,7 @@ class ImageLatents:
         played = conditions.joined(device, dtype)
 
         def decoded(latents: torch.Tensor) -> torch.Tensor:
-            call = Call(device, stock.no_timesteps(), latents, played, stop="decode")
-            reached = stock.run(call, conditions.prompts, network)
+            _, reached = stock.run_without_loop("decode", conditions.prompts, network, device, latents, played)
             if reached is None:
                 raise ValueError("its call ended without decoding.")
             self._decoding = reached[1:]

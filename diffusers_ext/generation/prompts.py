@@ -116,10 +116,14 @@ def _unmasked(value: Any, masked: bool) -> list[int]:
         value = list(value.values())
     if not isinstance(value, (list, tuple)) or _is_chain(value):
         return []
-    has_mask = masked or any(isinstance(v, torch.Tensor) and v.ndim == 2 and not v.is_floating_point() for v in value)
-    if has_mask and isinstance(value, tuple):
+    if isinstance(value, tuple) and (masked or any(_is_mask(item) for item in value)):
         return []
     return [length for item in value for length in _unmasked(item, masked)]
+
+
+def _is_mask(value: Any) -> bool:
+    """Whether a recording says for each token whether it counts."""
+    return isinstance(value, torch.Tensor) and value.ndim == 2 and bool(((value == 0) | (value == 1)).all())
 
 
 def _is_chain(value: Any) -> bool:
@@ -170,8 +174,7 @@ def _join_tensors(values: list[torch.Tensor], device: torch.device, dtype: torch
                 f"`encode_prompt` returned {tuple(first.shape)}, in which no axis is that of the prompts."
             )
         return longest.to(device)
-    is_text = first.ndim >= axis + 3 or not first.is_floating_point()
-    if is_text and first.ndim >= axis + 2:
+    if first.ndim >= axis + 3 or _is_mask(first):
         wanted = max(value.shape[axis + 1] for value in values)
         wanted = -(-wanted // multiple) * multiple
         values = [_padded(value, axis + 1, wanted) for value in values]

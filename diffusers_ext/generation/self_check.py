@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,23 +35,26 @@ def stock_steps(
     """
     found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     scaled: list[torch.Tensor] = []
-    base: Any = type(pipe.scheduler)
+    scheduler = copy.deepcopy(pipe.scheduler)
+    original_step, original_scale = scheduler.step, getattr(scheduler, "scale_model_input", None)
 
-    def scale_model_input(self: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        scaled[:] = [base.scale_model_input(self, sample, *args, **kwargs)]
-        return scaled[0]
-
-    def step(self: Any, model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    # On the object: some loops ask for the scheduler's very class, and for the arguments of `step`.
+    @functools.wraps(original_step)
+    def step(model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         x = (scaled or [sample])[0]
         found.append((x[:batch].clone(), torch.as_tensor(timestep), torch.as_tensor(model_output).clone()))
         if len(found) == steps:
             raise Reached(None)
-        return base.step(self, model_output, timestep, sample, *args, **kwargs)
+        return original_step(model_output, timestep, sample, *args, **kwargs)
 
-    members: dict[str, Any] = {"__module__": base.__module__, "step": step}
-    if hasattr(base, "scale_model_input"):
-        members["scale_model_input"] = scale_model_input
-    scheduler = copied(copy.deepcopy(pipe.scheduler), type(base.__name__, (base,), members))
+    def scale_model_input(sample: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        assert original_scale is not None
+        scaled[:] = [original_scale(sample, *args, **kwargs)]
+        return scaled[0]
+
+    scheduler.step = step
+    if original_scale is not None:
+        scheduler.scale_model_input = scale_model_input
 
     recorded: list[Any] = []
     original: Any = type(pipe)
@@ -59,7 +63,7 @@ def stock_steps(
         recorded.append(original.encode_prompt(self, *args, **kwargs))
         return fresh(recorded[-1])
 
-    members = {"__module__": original.__module__}
+    members: dict[str, Any] = {"__module__": original.__module__}
     if hasattr(original, "encode_prompt"):
         members["encode_prompt"] = encode_prompt
     cls = type(original.__name__, (original,), members)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .seam import Call, Reached, Undecoded, copied, pipeline_class, scheduler_class
+from .seam import ENTRANCES, Call, Reached, Undecoded, copied, pipeline_class, scheduler_class
 
 __all__ = ["StockCall"]
 
@@ -39,11 +39,15 @@ class StockCall:
             (name for name, module in self._modules().items() if _is_autoencoder(module)), None
         )
         self.arguments = self._fill(given)
-        self.prepares_latents = hasattr(cls, "prepare_latents")
+        prepares = any(hasattr(cls, name) for name in ENTRANCES)
+        self._latents_are_given = not prepares and "latents" in self._known
+        self._skips_loop = prepares or self._latents_are_given
         encode = getattr(cls, "encode_prompt", None)
-        self.takes_mask = encode is not None and any("mask" in name for name in inspect.signature(encode).parameters)
+        self.takes_mask = encode is not None and any(
+            name.endswith("mask") for name in inspect.signature(encode).parameters
+        )
         self._pipeline_class = pipeline_class(cls)
-        self._scheduler_class = scheduler_class(type(pipe.scheduler), not self.prepares_latents)
+        self._scheduler_class = scheduler_class(type(pipe.scheduler), not prepares)
 
     @property
     def autoencoder(self) -> Any:
@@ -83,15 +87,47 @@ class StockCall:
         if call.stop != "step" and self.autoencoder_name is not None:
             parts[self.autoencoder_name] = Undecoded(self.autoencoder)
         copy = copied(self.pipe, self._pipeline_class, **parts)
+        arguments = self.arguments_for(prompts, call.device)
+        if self._latents_are_given and call.x is not None:
+            arguments["latents"] = call.enter(call.x)
         try:
-            self._function(copy, **self.arguments_for(prompts, call.device))
+            self._function(copy, **arguments)
         except Reached as reached:
             return reached.value
+        except UnboundLocalError as error:
+            if call.stop != "step":
+                raise
+            raise ValueError(f"{self.name}: its loop does not run at one timestep ({error}).") from error
         return None
 
-    def no_timesteps(self) -> torch.Tensor:
-        """Timesteps that skip the loop; one where latents enter within it."""
-        return torch.zeros(0 if self.prepares_latents else 1, dtype=torch.long)
+    def run_without_loop(
+        self,
+        stop: str,
+        prompts: list[Any],
+        network: nn.Module,
+        device: torch.device,
+        x: torch.Tensor | None = None,
+        recordings: list[Any] | None = None,
+    ) -> tuple[Call, Any]:
+        """Runs what stands before the loop, up to where latents enter, or what stands behind it, up to the decoding.
+
+        There are no timesteps; or one, whose step changes nothing, for pipelines that need the loop: latents enter
+        within it, or it makes what is decoded.
+
+        Returns:
+            The call, and what it reached.
+        """
+        while True:
+            call = Call(device, torch.zeros(0 if self._skips_loop else 1, dtype=torch.long), x, recordings, stop)
+            try:
+                reached = self.run(call, prompts, network)
+            except UnboundLocalError:  # a result of the loop
+                if not self._skips_loop:
+                    raise
+            else:
+                if self._skips_loop is False or stop != "enter" or recordings is None or call.latents is not None:
+                    return call, reached
+            self._skips_loop = False
 
     def arguments_for(self, prompts: list[Any], device: torch.device) -> dict[str, Any]:
         """Returns the call's arguments for a batch; lists are new, since some pipelines write into them."""
@@ -135,7 +171,10 @@ class StockCall:
         found = [n for n, m in modules if not isinstance(m, PreTrainedModel) and not _is_autoencoder(m)]
         if not found:
             raise ValueError(f"{self.name} has no component that denoises.")
-        # Pipelines list in which order their models run: the decoder is the last, the network comes before it.
+        usual = [name for name in ("transformer", "unet") if name in found]
+        if usual:
+            return usual[0]
+        # Pipelines list in which order their models run: the network is the last.
         order: list[str] = str(self.pipe.model_cpu_offload_seq).split("->")
         return max(found, key=lambda name: order.index(name) if name in order else -1)
 
