@@ -52,7 +52,7 @@ from tests.tiny_tokenizers import clip_tokenizer, gemma_tokenizer, qwen_tokenize
 VOCAB = 700  # more than any tokenizer of tiny_tokenizers has
 
 
-def clip(width=32, projection=32, cls=CLIPTextModelWithProjection, layers=2):
+def clip(width=32, projection=32, cls=CLIPTextModelWithProjection, layers=2, positions=77):
     tokenizer = clip_tokenizer()
     return cls(
         CLIPTextConfig(
@@ -62,6 +62,7 @@ def clip(width=32, projection=32, cls=CLIPTextModelWithProjection, layers=2):
             num_attention_heads=4,
             num_hidden_layers=layers,
             projection_dim=projection,
+            max_position_embeddings=positions,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -87,13 +88,13 @@ def qwen3(width=16, cls=Qwen3Model, layers=2):
     )
 
 
-def qwen_vl(width=16):
+def qwen_vl(width=16, layers=2):
     rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e6}
     text = {
         "vocab_size": VOCAB,
         "hidden_size": width,
         "intermediate_size": 16,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "rope_scaling": rope,
@@ -147,7 +148,9 @@ def stable_diffusion():
         text_encoder=clip(cls=CLIPTextModel),
         tokenizer=clip_tokenizer(),
         unet=unet(),
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False),
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -221,7 +224,7 @@ def flux(guidance_embeds=False):
     )
 
 
-def flux_2_klein():
+def flux_2_autoencoder():
     vae = AutoencoderKLFlux2(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -232,6 +235,10 @@ def flux_2_klein():
     )
     vae.bn.running_mean.normal_(std=0.3)
     vae.bn.running_var.uniform_(0.5, 2)
+    return vae
+
+
+def flux_2_klein():
     return Flux2KleinPipeline(
         transformer=Flux2Transformer2DModel(
             patch_size=1,
@@ -247,8 +254,20 @@ def flux_2_klein():
         ),
         text_encoder=qwen3(16, Qwen3ForCausalLM, layers=28),
         tokenizer=qwen_tokenizer(),
-        vae=vae,
+        vae=flux_2_autoencoder(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def qwen_image_autoencoder():
+    return AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.0, 2.0, 0.5, 1.5],
     )
 
 
@@ -264,15 +283,7 @@ def qwen_image():
             joint_attention_dim=16,
             axes_dims_rope=(8, 4, 4),
         ),
-        vae=AutoencoderKLQwenImage(
-            base_dim=8,
-            z_dim=4,
-            dim_mult=[1, 2],
-            num_res_blocks=1,
-            temperal_downsample=[False],
-            latents_mean=[0.1, -0.2, 0.3, 0.0],
-            latents_std=[1.0, 2.0, 0.5, 1.5],
-        ),
+        vae=qwen_image_autoencoder(),
         text_encoder=qwen_vl(),
         tokenizer=qwen_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
@@ -420,11 +431,11 @@ FAMILIES = {
 }
 
 
-def build(name, **arguments):
-    """Returns a pipeline with the same weights at every call, ready to sample; `DiTPipeline` takes class labels."""
+def seeded(make):
+    """Returns a pipeline with the same weights at every call, ready to sample."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipe = {**FAMILIES, "DiTPipeline": dit}[name](**arguments)
+        pipe = make()
         for component in pipe.components.values():
             if isinstance(component, torch.nn.Module):
                 component.eval().requires_grad_(False)
@@ -433,3 +444,8 @@ def build(name, **arguments):
                         torch.nn.init.normal_(parameter, std=0.05)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def build(name, **arguments):
+    """Returns one of the `FAMILIES`, or `DiTPipeline`, which takes class labels."""
+    return seeded(lambda: {**FAMILIES, "DiTPipeline": dit}[name](**arguments))

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-__all__ = ["LatentMap"]
+from .latents import full_precision
+from .prompts import Conditions
+from .stock_call import StockCall
+
+__all__ = ["ImageLatents", "LatentMap"]
 
 BASE = 1024  # digits of positions, exact in fp32 after any scale and shift
 
@@ -62,3 +67,81 @@ class LatentMap:
         """Returns L for z of any batch."""
         latents = (z - self.shift.to(z.device)) / self.scale.to(z.device)
         return latents.flatten(1)[:, self.target.to(z.device)].view(-1, *self.shape[1:])
+
+
+class ImageLatents:
+    """Images to latents of a pipeline's loop and back, at one size.
+
+    Args:
+        stock: the pipeline's call.
+        conditions: of one prompt.
+        shape: of the latents of one sample, `(1, ...)`.
+        network: the pipeline's.
+        device: where the network runs.
+        dtype: that of its input.
+
+    Raises:
+        ValueError: the pipeline's way from its latents to its autoencoder is another than `LatentMap` knows.
+    """
+
+    def __init__(
+        self,
+        stock: StockCall,
+        conditions: Conditions,
+        shape: tuple[int, ...],
+        network: torch.nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._stock, self._device = stock, device
+        self._decoding: tuple[Any, Any] = (), {}  # further arguments of the autoencoder's `decode`
+        played = conditions.joined(device, dtype)
+
+        def decoded(latents: torch.Tensor) -> torch.Tensor:
+            _, reached = stock.run_without_loop("decode", conditions.prompts, network, device, latents, played)
+            if reached is None:
+                raise ValueError("its call ended without decoding.")
+            self._decoding = reached[1:]
+            return reached[0].float()
+
+        _ = stock.autoencoder  # refused by name where there is none
+        try:
+            self._map = LatentMap(decoded, shape, device)
+        except ValueError as error:
+            raise ValueError(f"{stock.name} gives no way from images to its latents: {error}") from error
+
+    def encode(self, images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """Returns latents; see `PipelineDenoiser.encode_images`."""
+        wanted = tuple(self._map.shift.shape[1:])
+        if images.ndim not in (4, 5) or not images.is_floating_point():
+            raise ValueError(
+                f"`images` must be floating, (batch, channels, height, width), got {images.dtype} of shape "
+                f"{tuple(images.shape)}."
+            )
+        if images.ndim == 4 and len(wanted) == 4:
+            images = images.unsqueeze(2)  # one frame
+        vae = self._stock.autoencoder
+        with full_precision(vae):
+            encoded = vae.encode(images.to(next(vae.parameters()).device, vae.dtype))
+        if hasattr(encoded, "latent_dist"):
+            posterior = encoded.latent_dist
+            z = posterior.mode() if generator is None else posterior.sample(generator)
+        else:
+            z = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+        if tuple(z.shape[1:]) != wanted:
+            raise ValueError(
+                f"{self._stock.name} decodes {wanted} at the size of this denoiser, but `images` "
+                f"{tuple(images.shape)} are encoded to {tuple(z.shape[1:])}: the images have another size, or the "
+                "pipeline does more around its autoencoder than permute, scale and shift."
+            )
+        return self._map.inverse(z.to(self._device, torch.float32))
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Returns images; see `PipelineDenoiser.decode`."""
+        vae = self._stock.autoencoder
+        z = self._map(latents.float())
+        with full_precision(vae):
+            z = z.to(next(vae.parameters()).device, vae.dtype)
+            args, kwargs = self._decoding
+            images = vae.decode(z, *args, **{**kwargs, "return_dict": False})[0].float()
+        return images.squeeze(2) if images.ndim == 5 else images

@@ -35,6 +35,7 @@ class Conditions:
     def __init__(self, prompts: Sequence[Any], recordings: Sequence[list[Any]], masked: bool = False) -> None:
         self.prompts, self.recordings, self.masked = list(prompts), list(recordings), masked
         self._joined: dict[Any, list[Any]] = {}
+        self._lengths: list[tuple[int, ...]] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -52,9 +53,15 @@ class Conditions:
         """Returns one prompt's conditions for a whole batch."""
         return self if len(self) == batch else self[[0] * batch]
 
+    @property
     def lengths(self) -> list[tuple[int, ...]]:
-        """Returns what of each prompt cannot share a batch with another: text of other length without a mask."""
-        return [tuple(_unmasked(recording, self.masked)) for recording in self.recordings]
+        """The lengths of each prompt's texts that have no mask: prompts of other lengths cannot share a batch."""
+        if self._lengths is None:
+            self._lengths = [
+                tuple(length for call in recording for length in _unmasked(call, self.masked))
+                for recording in self.recordings
+            ]
+        return self._lengths
 
     def joined(self, device: torch.device, dtype: torch.dtype, multiple: int = 1) -> list[Any]:
         """Returns what `encode_prompt` would answer for the whole batch, call by call.
@@ -109,10 +116,14 @@ def _unmasked(value: Any, masked: bool) -> list[int]:
         value = list(value.values())
     if not isinstance(value, (list, tuple)) or _is_chain(value):
         return []
-    has_mask = masked or any(isinstance(v, torch.Tensor) and v.ndim == 2 and not v.is_floating_point() for v in value)
-    if has_mask and isinstance(value, tuple):
+    if isinstance(value, tuple) and (masked or any(_is_mask(item) for item in value)):
         return []
     return [length for item in value for length in _unmasked(item, masked)]
+
+
+def _is_mask(value: Any) -> bool:
+    """Whether a recording says for each token whether it counts."""
+    return isinstance(value, torch.Tensor) and value.ndim == 2 and bool(((value == 0) | (value == 1)).all())
 
 
 def _is_chain(value: Any) -> bool:
@@ -163,8 +174,7 @@ def _join_tensors(values: list[torch.Tensor], device: torch.device, dtype: torch
                 f"`encode_prompt` returned {tuple(first.shape)}, in which no axis is that of the prompts."
             )
         return longest.to(device)
-    is_text = first.ndim >= axis + 3 or not first.is_floating_point()
-    if is_text and first.ndim >= axis + 2:
+    if first.ndim >= axis + 3 or _is_mask(first):
         wanted = max(value.shape[axis + 1] for value in values)
         wanted = -(-wanted // multiple) * multiple
         values = [_padded(value, axis + 1, wanted) for value in values]

@@ -9,7 +9,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from .prompts import fresh
 
-__all__ = ["Call", "Reached", "Undecoded", "copied", "pipeline_class", "scheduler_class"]
+__all__ = ["ENTRANCES", "Call", "Reached", "Undecoded", "copied", "pipeline_class", "scheduler_class"]
+
+# The methods by which pipelines make their first latents.
+ENTRANCES = ("prepare_latents", "prepare_intermediate_images")
 
 
 class Reached(Exception):  # noqa: N818 - no error: it carries a value out of the call
@@ -56,7 +59,7 @@ class Call:
         if self.latents is None:
             self.latents = latents
         if self.stop == "enter" and len(self.timesteps):
-            raise Reached(latents)
+            raise Reached(None)
         if self.x is None:
             return latents
         if len(latents) == 2 * len(self.x):  # guidance without `prepare_latents`: both halves are the same
@@ -67,14 +70,18 @@ class Call:
             )
         return self.x
 
-    def leave(self, output: Any, sample: torch.Tensor) -> SchedulerOutput:
+    def leave(self, output: Any, sample: torch.Tensor, return_dict: bool) -> SchedulerOutput | tuple:
         """Ends the call with what the scheduler would have stepped with."""
         x = self.x
         if self.stop == "decode":
-            return SchedulerOutput(prev_sample=sample)
+            return SchedulerOutput(prev_sample=sample) if return_dict else (sample, sample)
+        if self.stop == "enter":
+            self.latents = sample
+            raise Reached(None)
         if x is None or not self.entered:
             raise ValueError(
-                "`scheduler.step` was reached before any latents entered, by `prepare_latents` or `scale_model_input`."
+                "`scheduler.step` was reached before any latents entered, by `prepare_latents`, by `scale_model_input` "
+                "or as an argument."
             )
         if sample is not x and not self._same(sample, x):
             raise ValueError(
@@ -128,12 +135,6 @@ def pipeline_class(base: type) -> type:
         call.played += 1
         return fresh(call.recordings[call.played - 1])
 
-    def prepare_latents(self: Any, *args: Any, **kwargs: Any) -> Any:
-        made = original.prepare_latents(self, *args, **kwargs)
-        if isinstance(made, torch.Tensor):
-            return self._seam.enter(made)
-        return type(made)([self._seam.enter(made[0]), *made[1:]])
-
     # The stock property walks every module of every component, which takes most of the time of a small model's call.
     device = property(lambda self: self._seam.device)
     members: dict[str, Any] = {
@@ -144,9 +145,18 @@ def pipeline_class(base: type) -> type:
     }
     if hasattr(base, "encode_prompt"):
         members["encode_prompt"] = encode_prompt
-    if hasattr(base, "prepare_latents"):
-        members["prepare_latents"] = prepare_latents
+    members.update({name: _entering(getattr(base, name)) for name in ENTRANCES if hasattr(base, name)})
     return type(base.__name__, (base,), members)
+
+
+def _entering(original: Any) -> Any:
+    def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = original(self, *args, **kwargs)
+        if isinstance(made, torch.Tensor):
+            return self._seam.enter(made)
+        return type(made)([self._seam.enter(made[0]), *made[1:]])  # ids of positions stand behind
+
+    return prepare
 
 
 def scheduler_class(base: type, takes_latents: bool) -> type:
@@ -176,7 +186,7 @@ def scheduler_class(base: type, takes_latents: bool) -> type:
         return self._seam.enter(sample) if takes_latents else sample
 
     def step(self: Any, model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self._seam.leave(model_output, sample)
+        return self._seam.leave(model_output, sample, kwargs.get("return_dict", True))
 
     def ignored(self: Any, value: Any) -> None:
         pass

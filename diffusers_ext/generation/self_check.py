@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from .prompts import fresh
 from .seam import Reached, copied
 
-__all__ = ["evaluating", "stock_steps"]
+__all__ = ["difference", "evaluating", "stock_steps"]
 
 
 @torch.no_grad()
@@ -34,23 +35,26 @@ def stock_steps(
     """
     found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     scaled: list[torch.Tensor] = []
-    base: Any = type(pipe.scheduler)
+    scheduler = copy.deepcopy(pipe.scheduler)
+    original_step, original_scale = scheduler.step, getattr(scheduler, "scale_model_input", None)
 
-    def scale_model_input(self: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        scaled[:] = [base.scale_model_input(self, sample, *args, **kwargs)]
-        return scaled[0]
-
-    def step(self: Any, model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    # On the object: some loops ask for the scheduler's very class, and for the arguments of `step`.
+    @functools.wraps(original_step)
+    def step(model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         x = (scaled or [sample])[0]
         found.append((x[:batch].clone(), torch.as_tensor(timestep), torch.as_tensor(model_output).clone()))
         if len(found) == steps:
             raise Reached(None)
-        return base.step(self, model_output, timestep, sample, *args, **kwargs)
+        return original_step(model_output, timestep, sample, *args, **kwargs)
 
-    members: dict[str, Any] = {"__module__": base.__module__, "step": step}
-    if hasattr(base, "scale_model_input"):
-        members["scale_model_input"] = scale_model_input
-    scheduler = copied(copy.deepcopy(pipe.scheduler), type(base.__name__, (base,), members))
+    def scale_model_input(sample: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        assert original_scale is not None
+        scaled[:] = [original_scale(sample, *args, **kwargs)]
+        return scaled[0]
+
+    scheduler.step = step
+    if original_scale is not None:
+        scheduler.scale_model_input = scale_model_input
 
     recorded: list[Any] = []
     original: Any = type(pipe)
@@ -59,7 +63,7 @@ def stock_steps(
         recorded.append(original.encode_prompt(self, *args, **kwargs))
         return fresh(recorded[-1])
 
-    members = {"__module__": original.__module__}
+    members: dict[str, Any] = {"__module__": original.__module__}
     if hasattr(original, "encode_prompt"):
         members["encode_prompt"] = encode_prompt
     cls = type(original.__name__, (original,), members)
@@ -79,3 +83,20 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def difference(output: torch.Tensor, wanted: torch.Tensor, tolerance: float, place: str) -> float:
+    """Returns the largest difference of an output from the stock pipeline's.
+
+    Raises:
+        ValueError: it is above `tolerance` times the largest value, or the shapes differ.
+    """
+    wanted = wanted.to(output.device, torch.float32)
+    same = output.shape == wanted.shape
+    found, scale = float((output - wanted).abs().max()) if same else float("inf"), float(wanted.abs().max())
+    if not found <= tolerance * scale:
+        raise ValueError(
+            f"The seam is broken at {place}: the output {tuple(output.shape)} differs by {found:.2g} (of {scale:.2g}) "
+            f"from the {tuple(wanted.shape)} that the stock call hands to its scheduler."
+        )
+    return found

@@ -294,7 +294,7 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
         """
         name, one = type(self.model.pipe).__name__, self.denoiser.at()
         conditions = self._conditions([next((p for p in self.data.prompts if p.strip()), "")])
-        self.one_timestep = one.shares_timestep(conditions)
+        self.one_timestep = one.one_timestep
         if self.one_timestep:
             logger.warning("%s takes one timestep a call: all samples of a micro-batch share one.", name)
         trained = {key: p for key, p in one.denoiser.named_parameters() if p.requires_grad}
