@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-__all__ = ["open_folder"]
+__all__ = ["image_files", "open_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +43,10 @@ def open_folder(path: Path, split: str, streaming: bool, strict: bool = False) -
     """
     import datasets
     from datasets.data_files import DataFilesDict, DataFilesList
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
     files = _files(path)
     tables = [file for file in files if file.endswith(".parquet") and os.path.basename(file) not in METADATA]
-    suffixes = {".parquet"} if tables else set(ImageFolder.EXTENSIONS)
-    images = tables or [file for file in files if os.path.splitext(file)[1].lower() in suffixes]
+    images = tables or image_files(path)
     if not images:
         raise ValueError(
             f"`train_data_dir` must hold images, such as .png or .jpg, or .parquet files, got {str(path)!r}."
@@ -75,6 +73,13 @@ def open_folder(path: Path, split: str, streaming: bool, strict: bool = False) -
         return rows, ""
     mine = [file for name in wanted for file in splits[name] if file in {*images}]
     return rows, "" if "[" in split else _left_out(rows, mine, path, strict)
+
+
+def image_files(path: str | os.PathLike) -> list[str]:
+    """Returns the absolute paths of all images in a folder and below, sorted."""
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    return [file for file in _files(Path(path)) if os.path.splitext(file)[1].lower() in ImageFolder.EXTENSIONS]
 
 
 def _files(path: Path) -> list[str]:

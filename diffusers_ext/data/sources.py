@@ -329,7 +329,7 @@ def load_images(
         rows, names, label_column, classes = _columns(rows, image_column, label_column, caption_column)
         if max_train_samples is not None:
             rows = rows.take(max_train_samples) if streaming else rows.select(range(min(max_train_samples, len(rows))))
-        if caption_column is not None and not streaming:
+        if caption_column in names and not streaming:
             said += _uncaptioned(rows, caption_column, require_captions)
         fingerprint = None if streaming else f"{rows._fingerprint} {image_column} {label_column} {caption_column}"
     if not streaming and len(rows) == 0:

@@ -167,9 +167,13 @@ def test_what_the_metadata_leaves_out_is_counted(tmp_path, arrays, caplog, strea
         load_images(**options, require_captions=True)
     with (tmp_path / "metadata.jsonl").open("a") as file:
         file.write("\n" + json.dumps({"file_name": "sub/3.png", "text": "four"}))
-    with pytest.raises(ValueError, match="`require_captions` is set and (1 of 4 images have no caption in|image)"):
-        strict = load_images(**options, require_captions=True)
-        _ = [strict.decode(row) for row in strict.epoch(0, 10)]
+
+    def strict():
+        data = load_images(**options, require_captions=True)
+        return [data.decode(row) for row in data.epoch(0, 10)]
+
+    with pytest.raises(ValueError, match="`require_captions` is set and (1 of 4 images have no|image .* no) caption"):
+        strict()
     with pytest.raises(ValueError, match="`require_captions` must be False where no captions are read"):
         load_images(train_data_dir=path, resolution=8, require_captions=True)
 
