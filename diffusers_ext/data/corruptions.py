@@ -14,10 +14,14 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from scipy import ndimage
+
+from .reading import read_images
 
 __all__ = ["CORRUPTIONS", "EXTRA_CORRUPTIONS", "corrupt"]
 
@@ -276,17 +280,18 @@ EXTRA_CORRUPTIONS: tuple[str, ...] = tuple(_TABLE)[15:]
 """Further ones, to choose settings with."""
 
 
-def corrupt(image: np.ndarray, name: str, severity: int, seed: int = 0) -> np.ndarray:
+def corrupt(image: Any, name: str, severity: int, seed: int = 0) -> np.ndarray:
     """Corrupts one image as in ImageNet-C.
 
     Args:
-        image: `(height, width)` or `(height, width, 3)`, uint8.
+        image: what the pipelines take as one image: a PIL image, an array `(height, width)` or `(height, width, 3)`,
+            or a tensor `(1 or 3, height, width)`; uint8, uint16 or floats in `[0, 1]`.
         name: one of `CORRUPTIONS` or `EXTRA_CORRUPTIONS`.
         severity: 1 to 5.
         seed: of this image's random numbers; give every image its own.
 
     Returns:
-        An image of the same shape, uint8.
+        The image as a uint8 array, `(height, width)` for grey or `(height, width, 3)`.
 
     Raises:
         ValueError: an argument is wrong.
@@ -302,13 +307,13 @@ def corrupt(image: np.ndarray, name: str, severity: int, seed: int = 0) -> np.nd
         raise ValueError(f"`name` must be one of {list(_TABLE)}, got {name!r}.")
     if severity not in (1, 2, 3, 4, 5):
         raise ValueError(f"`severity` must be an integer from 1 to 5, got {severity!r}.")
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or image.size == 0:
-        raise ValueError(
-            f"`image` must be uint8 of shape (height, width) or (height, width, 3), got {image.dtype} of shape "
-            f"{image.shape}."
-        )
+    found = read_images(image, "image", dtype=torch.float64)
+    if len(found) != 1:
+        raise ValueError(f"`image` must be one image, got {len(found)}.")
+    x = found[0].movedim(0, -1).cpu().numpy()
+    x = x[..., 0] if x.shape[-1] == 1 else x
     function, parameters = _TABLE[name]
-    scale = min(1.0, min(image.shape[:2]) / 224)
+    scale = min(1.0, min(x.shape[:2]) / 224)
     draw = np.random.default_rng([seed, list(_TABLE).index(name), severity])
-    result = function(image / 255, draw, scale, parameters[severity - 1])
+    result = function(x, draw, scale, parameters[severity - 1])
     return (np.clip(result, 0, 1) * 255).astype(np.uint8)

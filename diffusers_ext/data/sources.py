@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,9 +14,13 @@ import torch
 from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
+from .folder import open_folder
+from .reading import pixels_of, unit_range
+
 __all__ = ["ImageDataset", "ImageStream", "load_images"]
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+logger = logging.getLogger(__name__)
+
 # Each process keeps decoded images until they take this many bytes.
 CACHE_BYTES = 256 * 2**20
 
@@ -58,16 +63,10 @@ class _Images:
 
     def _resized(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
         """Converts to the wanted channels (transparency on white) and resizes to cover `(height, width)` just."""
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        if image.mode.startswith(("I", "F")):
-            # Pillow would clip 16 bits at 255, which turns nearly all of an image white.
-            values = np.asarray(image)
-            if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-                raise ValueError(f"pixels of mode {image.mode!r} have no known range")
-            image = Image.fromarray(np.round(values / 257).astype(np.uint8))
-        image = image.convert("L" if self.channels == 1 else "RGB")
+        pixels = pixels_of(image, self.channels)
+        if pixels.dtype != np.uint8:
+            pixels = (pixels * 255).round().clip(0, 255).astype(np.uint8)
+        image = Image.fromarray(pixels[:, :, 0] if self.channels == 1 else pixels)
         height, width = size
         scale = max(width / image.width, height / image.height)
         if scale == 1:
@@ -105,7 +104,7 @@ class _Images:
         if self.label_column is not None:
             item["label"] = int(row[self.label_column])
         if self.caption_column is not None:
-            item["caption"] = row[self.caption_column]
+            item["caption"] = row[self.caption_column] or ""
         return item
 
 
@@ -232,9 +231,10 @@ class ImageStream(_Images):
 
     streaming = True
 
-    def __init__(self, rows: Any, **options: Any) -> None:
+    def __init__(self, rows: Any, require_captions: bool = False, **options: Any) -> None:
         super().__init__(**options)
-        self._rows = rows
+        self._rows, self._require_captions = rows, require_captions
+        self._uncaptioned = 0
 
     def epoch(self, seed: int, buffer_size: int) -> Iterator[dict[str, Any]]:
         """Yields undecoded rows, shuffled through a buffer of `buffer_size`."""
@@ -243,6 +243,12 @@ class ImageStream(_Images):
     def decode(self, row: dict[str, Any], generator: torch.Generator | None = None) -> dict[str, Any]:
         """Returns a row's sample; see `ImageDataset.get`."""
         name = _name(row[self.image_column], "without a file name")
+        if self.caption_column is not None and not (row[self.caption_column] or "").strip():
+            if self._require_captions:
+                raise ValueError(f"`require_captions` is set and image {name} has no caption.")
+            self._uncaptioned += 1
+            if str(self._uncaptioned).strip("0") == "1":  # 1, 10, 100, ...
+                logger.warning("images without a caption so far: %d, the last is %s.", self._uncaptioned, name)
         size = (self.resolution, self.resolution)
         return self._item(self._pixels(row, name, size), row, generator, size)
 
@@ -275,6 +281,7 @@ def load_images(
     channels: int = 3,
     streaming: bool = False,
     max_train_samples: int | None = None,
+    require_captions: bool = False,
 ) -> ImageDataset | ImageStream:
     """Loads images for training.
 
@@ -282,19 +289,23 @@ def load_images(
         dataset_name: data set on the Hub.
         train_data_dir: instead of it, a folder of images (with class subfolders, `metadata.jsonl` or `metadata.csv`),
             a data set saved by `save_to_disk`, parquet (a file or a folder), or `.npz`/`.npy`: arrays `images`
-            `(n, height, width[, channels])`, uint8 or floats in `[0, 1]`, and `labels` `(n,)`; their columns are
-            called `image` and `label`.
+            `(n, height, width[, channels])`, uint8, uint16 or floats in `[0, 1]`, and `labels` `(n,)`; their columns
+            are called `image` and `label`.
         dataset_config_name: the Hub data set's configuration.
-        split: which split to read; files say it by their names, as `datasets` reads them. NumPy files have none.
+        split: which split to read. A local folder is one split, "train", whatever its files and folders are called,
+            unless folders train, validation and test hold everything in it. NumPy files have none.
         image_column: column of images.
         label_column: column of class labels; by default `label` or `labels` where the data declares it as classes.
-        caption_column: column of captions, one string an image.
+        caption_column: column of captions, one string an image. Where there is none it is the empty text; how many
+            these are is logged.
         resolution: the shorter side is resized to it, then a square is cropped.
         center_crop: crop the centre; by default a random place.
         random_flip: mirror half of the images.
         channels: 1 for grey, 3 for colour; images are converted, transparency is put on white.
         streaming: read in order instead of by index.
         max_train_samples: use only the first so many.
+        require_captions: refuse images without a caption, and images of a folder that its metadata leaves out, instead
+            of logging how many there are.
 
     Returns:
         A map-style data set, or a stream.
@@ -320,7 +331,9 @@ def load_images(
         raise ValueError(f"`channels` must be 1 or 3, got {channels!r}.")
     if max_train_samples is not None and (not isinstance(max_train_samples, int) or max_train_samples < 1):
         raise ValueError(f"`max_train_samples` must be an integer >= 1 or left out, got {max_train_samples!r}.")
-    path = Path(train_data_dir) if train_data_dir is not None else None
+    if require_captions and caption_column is None:
+        raise ValueError("`require_captions` must be False where no captions are read: `caption_column` is left out.")
+    path, said = Path(train_data_dir) if train_data_dir is not None else None, ""
     if path is not None and not path.exists():
         raise ValueError(f"`train_data_dir` must be an existing folder or file, got {train_data_dir!r}.")
     options: dict[str, Any] = {
@@ -343,10 +356,12 @@ def load_images(
         file = path.stat()
         fingerprint = f"{path.resolve()} {file.st_size} {file.st_mtime_ns} {len(rows)}"
     else:
-        rows = _read(dataset_name, path, dataset_config_name, split, streaming)
+        rows, said = _read(dataset_name, path, dataset_config_name, split, streaming, require_captions)
         rows, names, label_column, classes = _columns(rows, image_column, label_column, caption_column)
         if max_train_samples is not None:
             rows = rows.take(max_train_samples) if streaming else rows.select(range(min(max_train_samples, len(rows))))
+        if caption_column in names and not streaming:
+            said += _uncaptioned(rows, caption_column, require_captions)
         fingerprint = None if streaming else f"{rows._fingerprint} {image_column} {label_column} {caption_column}"
     if not streaming and len(rows) == 0:
         raise ValueError(f"`split` must hold images, got {split!r} of {dataset_name or train_data_dir!r} with none.")
@@ -356,9 +371,9 @@ def load_images(
         "label_column": label_column,
         "class_names": classes,
         "fingerprint": fingerprint,
-        "description": f"{count} images from {dataset_name or (path.name if path else '')}",
+        "description": f"{count} images from {dataset_name or (path.name if path else '')}{said}",
     }
-    return ImageStream(rows, **options) if streaming else ImageDataset(rows, **options)
+    return ImageStream(rows, require_captions, **options) if streaming else ImageDataset(rows, **options)
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
@@ -377,15 +392,11 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
             "`images` must have the shape (n, height, width) or (n, height, width, 1, 3 or 4) with n >= 1, got "
             f"{images.shape}."
         )
-    if images.dtype.kind == "f":
-        if not (np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1):
-            raise ValueError(
-                "`images` as floats must be finite and lie in [0, 1], got a range from "
-                f"{images.min()} to {images.max()}."
-            )
-        images = np.round(images * 255).astype(np.uint8)
-    elif images.dtype != np.uint8:
-        raise ValueError(f"`images` must be uint8 or float, got {images.dtype}.")
+    if images.dtype.kind not in "fiub":
+        raise ValueError(f"`images` must hold uint8 or floats (or uint16, or bool), got {images.dtype}.")
+    if images.dtype != np.uint8:
+        images = unit_range(torch.from_numpy(images.astype(images.dtype.newbyteorder("="))), "images").numpy()
+        images = (images * 255).round().clip(0, 255).astype(np.uint8)
     columns = {"image": images.squeeze(-1) if images.shape[-1] == 1 and images.ndim == 4 else images}
     if "labels" in arrays:
         labels = arrays["labels"]
@@ -403,31 +414,24 @@ def _read(
     config_name: str | None,
     split: str,
     streaming: bool,
-) -> Any:
-    """Opens a split with `datasets`."""
+    strict: bool,
+) -> tuple[Any, str]:
+    """Opens a split with `datasets`; returns the rows and what is to be said of them beside their number."""
     import datasets
-    from datasets.data_files import DataFilesDict, get_data_patterns
 
     options: dict[str, Any] = {"split": split, "streaming": streaming}
     if path is None:
-        return datasets.load_dataset(str(dataset_name), config_name, **options)
+        return datasets.load_dataset(str(dataset_name), config_name, **options), ""
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         saved: Any = datasets.load_from_disk(str(path))
         if isinstance(saved, datasets.DatasetDict):
             if split not in saved:
                 raise ValueError(f"`split` must be one of {sorted(saved)}, got {split!r}.")
             saved = saved[split]
-        return saved.to_iterable_dataset() if streaming else saved
+        return saved.to_iterable_dataset() if streaming else saved, ""
     if path.suffix == ".parquet":
-        return datasets.load_dataset("parquet", data_files=str(path), **options)
-    # A folder of images may describe them in a parquet file of that name.
-    if any(p.name != "metadata.parquet" for p in path.rglob("*.parquet")):
-        # Sorted into splits by name as on the Hub, whatever else lies in the folder.
-        files = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
-        return datasets.load_dataset("parquet", data_files=files.filter(extensions=[".parquet"]), **options)
-    if not any(p.suffix.lower() in SUFFIXES and not p.name.startswith(".") for p in path.rglob("*")):
-        raise ValueError(f"`train_data_dir` must hold images ({', '.join(sorted(SUFFIXES))}), got {str(path)!r}.")
-    return datasets.load_dataset("imagefolder", data_dir=str(path), **options)
+        return datasets.load_dataset("parquet", data_files=str(path), **options), ""
+    return open_folder(path, split, streaming, strict)
 
 
 def _columns(
@@ -474,6 +478,19 @@ def _columns(
                 f"streamed), got {label_column!r} of type {_type(feature)}."
             )
     return rows, list(features), label_column, classes
+
+
+def _uncaptioned(rows: Any, column: str, strict: bool) -> str:
+    """Counts the rows without a caption."""
+    missing = sum(1 for text in rows[column] if not (text or "").strip())
+    if not missing:
+        return ""
+    if strict:
+        raise ValueError(
+            f"`require_captions` is set and {missing} of {len(rows)} images have no caption in {column!r}."
+        )
+    logger.warning("%d of %d images have no caption in %r; the empty text stands for it.", missing, len(rows), column)
+    return f" ({missing} without a caption)"
 
 
 def _type(feature: Any) -> str:

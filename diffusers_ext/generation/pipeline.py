@@ -22,7 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers_ext.hub.loading import SafePipeline
 
 from .latents import decoded
-from .stepping import scaled_input, set_timesteps, step_arguments
+from .stepping import callback_names, scaled_input, set_timesteps, step_arguments
 
 __all__ = ["ImageGenerationPipeline"]
 
@@ -91,7 +91,7 @@ class ImageGenerationPipeline(SafePipeline):
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self._guidance_scale, self._guidance_rescale = 1.0, 0.0
-        self._num_timesteps = 0
+        self._num_timesteps, self._interrupt = 0, False
 
     @property
     def guidance_scale(self) -> float:
@@ -102,6 +102,11 @@ class ImageGenerationPipeline(SafePipeline):
     def num_timesteps(self) -> int:
         """The number of scheduler steps of the present call."""
         return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has stopped the present call, by `pipeline._interrupt = True`."""
+        return self._interrupt
 
     def _latent_shape(self) -> tuple[int, int, int]:
         size = self.unet.config.sample_size
@@ -152,11 +157,7 @@ class ImageGenerationPipeline(SafePipeline):
             batch_size = 1 if given is None else len(given)
         if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be an integer >= 1, got {num_inference_steps!r}.")
-        if guidance_scale != 1.0 and (class_labels is None or self.config["null_class_label"] is None):
-            raise ValueError(
-                "`guidance_scale` must be 1 for a model without classes or without a null label, got "
-                f"{guidance_scale!r}."
-            )
+        self._check_guidance(guidance_scale, class_labels)
         if not 0 <= guidance_rescale <= 1:
             raise ValueError(f"`guidance_rescale` must be a number in [0, 1], got {guidance_rescale!r}.")
         if isinstance(generator, list) and len(generator) != batch_size:
@@ -168,13 +169,14 @@ class ImageGenerationPipeline(SafePipeline):
             raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {list(OUTPUT_TYPES)}, got {output_type!r}.")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be a subset of {self._callback_tensor_inputs}, got "
-                f"{callback_on_step_end_tensor_inputs}."
-            )
+        callback_names(None, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         return batch_size
+
+    def _check_guidance(self, scale: float, class_labels: torch.Tensor | None) -> None:
+        if scale != 1.0 and (class_labels is None or self.config["null_class_label"] is None):
+            raise ValueError(
+                f"`guidance_scale` must be 1 for a model without classes or without a null label, got {scale!r}."
+            )
 
     @torch.no_grad()
     def __call__(
@@ -211,7 +213,8 @@ class ImageGenerationPipeline(SafePipeline):
                 width)` in `[0, 1]`; `"latent"`: the samples as the scheduler leaves them.
             return_dict: return `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: called as `(pipeline, step, timestep, {"latents": ...})` after every step; the
-                latents it returns are used.
+                latents it returns are used. It may set `pipeline._guidance_scale` for the steps that follow, or
+                `pipeline._interrupt = True`: the samples are then returned as they are.
             callback_on_step_end_tensor_inputs: names passed to it.
 
         Returns:
@@ -223,6 +226,9 @@ class ImageGenerationPipeline(SafePipeline):
         tuned: Any = self.config["tuned_timesteps"]
         if num_inference_steps is None:
             num_inference_steps = 50 if tuned is None else len(tuned)
+        callback_on_step_end_tensor_inputs = callback_names(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        )
         labels = None
         if class_labels is not None:
             labels = torch.as_tensor([class_labels] if isinstance(class_labels, int) else class_labels)
@@ -238,7 +244,7 @@ class ImageGenerationPipeline(SafePipeline):
             callback_on_step_end_tensor_inputs,
         )
         device, dtype = self._execution_device, self.unet.dtype
-        self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
+        self._guidance_scale, self._guidance_rescale, self._interrupt = guidance_scale, guidance_rescale, False
         labels = None if labels is None else labels.to(device).expand(batch_size)
 
         timesteps = set_timesteps(self.scheduler, num_inference_steps, device, sigmas)
@@ -258,12 +264,15 @@ class ImageGenerationPipeline(SafePipeline):
 
         with self.progress_bar(total=len(timesteps)) as progress_bar:  # pyright: ignore[reportCallIssue]
             for i, t in enumerate(timesteps):
-                prediction = self._predict(sample, t, labels, guidance_scale)
+                if self._interrupt:
+                    break
+                self._check_guidance(self._guidance_scale, labels)
+                prediction = self._predict(sample, t, labels, self._guidance_scale)
                 sample = self.scheduler.step(prediction, t, sample, **arguments, return_dict=False)[0]
                 sample = sample.to(dtype)
                 if callback_on_step_end is not None:
-                    changed = callback_on_step_end(self, i, t, {"latents": sample})
-                    sample = changed.get("latents", sample)
+                    given = {name: sample for name in callback_on_step_end_tensor_inputs}
+                    sample = callback_on_step_end(self, i, t, given).get("latents", sample)
                 progress_bar.update()
 
         images: Any = sample if output_type == "latent" else self._decode(sample, output_type)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-__all__ = ["scaled_input", "set_timesteps", "step_arguments"]
+__all__ = ["callback_names", "scaled_input", "set_timesteps", "step_arguments"]
 
 
 def set_timesteps(
@@ -60,3 +61,16 @@ def step_arguments(scheduler: Any, eta: float, generator: Any) -> dict[str, Any]
 def scaled_input(scheduler: Any, sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """Returns the sample as the network wants it at a timestep."""
     return scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
+
+
+def callback_names(callback: Any, names: list[str], offered: list[str]) -> list[str]:
+    """Returns the names of the tensors that `callback_on_step_end` is given; Diffusers' callbacks bring their own.
+
+    Raises:
+        ValueError: a name is not among those that the pipeline offers.
+    """
+    if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+        names = callback.tensor_inputs
+    if any(name not in offered for name in names):
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` must be a subset of {offered}, got {names}.")
+    return names

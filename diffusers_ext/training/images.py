@@ -32,6 +32,9 @@ class ImageConfig(TrainConfig):
     channels: Literal[1, 3] = described("1 trains on grey images, 3 on colour.", 3)
     streaming: bool = described("Read the data set as a stream; a resume then replays it up to its position.", False)
     max_train_samples: int | None = described("Use only the first so many images.")
+    require_captions: bool = described(
+        "Stop where an image has no caption, or no line in its folder's metadata.", False
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,6 +76,7 @@ def image_dataset(config: ImageConfig, verify: bool, caption_column: str | None 
         channels=config.channels,
         streaming=config.streaming,
         max_train_samples=config.max_train_samples,
+        require_captions=config.require_captions,
     )
     if verify and not config.streaming:
         data.verify()

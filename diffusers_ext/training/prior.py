@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from diffusers_ext.data.sources import SUFFIXES
+from diffusers_ext.data.folder import image_files
 from diffusers_ext.rng import mix
 
 __all__ = ["PairedDataset", "class_images"]
@@ -66,7 +66,7 @@ def class_images(
         found = note.read_text(encoding="utf-8")
         accepted = f"a folder without images of another class than {prompt!r}"
         raise ValueError(f"`class_data_dir` must be {accepted}, got {str(folder)!r} with images of {found!r}.")
-    present = sum(path.suffix.lower() in SUFFIXES for path in target.rglob("*"))
+    present = len(image_files(target))
     missing = [i for i in range(count) if not (target / f"{i:05d}.png").is_file()][: max(0, count - present)]
     if missing:
         note.write_text(prompt, encoding="utf-8")

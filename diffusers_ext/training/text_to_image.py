@@ -105,13 +105,8 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
         captioned = config.instance_prompt is None
         images = image_dataset(config, main, config.caption_column if captioned else None)
         captions = images.captions() if captioned else [str(config.instance_prompt)] * len(images)
-        empty = sum(not caption.strip() for caption in captions)
-        if empty == len(captions):
-            raise ValueError(
-                f"`caption_column` must hold captions, got {config.caption_column!r}, in which all {empty} are empty."
-            )
-        if empty:
-            logger.warning("%d of %d images have no caption: they train the model without text.", empty, len(captions))
+        if not any(caption.strip() for caption in captions):
+            raise ValueError(f"`caption_column` must hold captions, got {config.caption_column!r} with none.")
         self.data = CaptionedImages(images, captions)
         self.model = TextPipeline(
             *config.source,

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from scipy import ndimage
 
 from diffusers_ext import corrupt
@@ -88,6 +90,18 @@ def test_motion_blur_keeps_the_mean_and_glass_blur_the_pixels():
         assert corrupt(image, name, 1).mean() == pytest.approx(image.mean(), abs=3)
 
 
+def test_every_kind_of_image_is_taken():
+    colour = np.stack([DIGIT[0], DIGIT[1], DIGIT[2]], -1)
+    for array in (DIGIT[0], colour):
+        expected = corrupt(array, "fog", 3, seed=1)
+        tensor = torch.from_numpy(np.atleast_3d(array).copy()).permute(2, 0, 1)
+        same = [Image.fromarray(array), tensor, array / 255, tensor.double() / 255]
+        if array.ndim == 2:
+            same += [Image.fromarray(array.astype(np.uint16) * 257), array.astype(np.uint16) * 257]
+        for image in same:
+            assert np.array_equal(corrupt(image, "fog", 3, seed=1), expected)
+
+
 def test_lengths_scale_with_small_images():
     point = np.zeros((28, 28), np.uint8)
     point[14, 14] = 255
@@ -103,8 +117,10 @@ def test_lengths_scale_with_small_images():
         ({"name": "rain"}, "`name` must be one of"),
         ({"severity": 0}, "`severity` must be an integer from 1 to 5"),
         ({"severity": 6}, "`severity` must be an integer from 1 to 5"),
-        ({"image": np.zeros((2, 2))}, "`image` must be uint8"),
-        ({"image": np.zeros((2, 2, 4), np.uint8)}, "`image` must be uint8"),
+        ({"image": np.full((2, 2), 2.0)}, r"`image` must lie in \[0, 1\], got values from 2 to 2"),
+        ({"image": np.zeros((2, 2, 4), np.uint8)}, "`image` must hold images of 1 or 3 channels"),
+        ({"image": np.zeros((2, 2, 2, 3), np.uint8)}, "`image` must be one image, got 2"),
+        ({"image": "photo.png"}, "`image` must hold PIL images, arrays or tensors, got str"),
     ],
 )
 def test_bad_input(changes, match):

@@ -85,6 +85,99 @@ def test_metadata_gives_captions(sources, arrays, tmp_path):
     assert [data[i]["caption"] for i in range(3)] == ["picture 0", "picture 1", "picture 2"]
 
 
+def folder_of(tmp_path, arrays, *names):
+    """Writes the first images under these names; returns the folder."""
+    for pixels, name in zip(arrays, names, strict=False):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / name)
+    return str(tmp_path)
+
+
+def found(path, **options):
+    """Returns the pixels of all images of a folder, and their labels."""
+    data = load_images(train_data_dir=path, resolution=8, **options)
+    pixels = [
+        ((data[i]["pixel_values"].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy() for i in range(len(data))
+    ]
+    return pixels, [data[i].get("label") for i in range(len(data))], data
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_class_called_like_a_split_is_a_class(tmp_path, arrays, streaming):
+    path = folder_of(tmp_path, arrays, "bus/0.png", "bus/test_1.png", "train/2.png", "train/validation-3.png")
+    if streaming:
+        stream = load_images(train_data_dir=path, resolution=8, streaming=True)
+        assert sorted(stream.decode(row)["label"] for row in stream.epoch(0, 10)) == [0, 0, 1, 1]
+        return
+    pixels, labels, data = found(path)
+    assert data.class_names == ["bus", "train"]
+    assert labels == [0, 0, 1, 1]
+    assert all(np.array_equal(a, b) for a, b in zip(pixels, arrays, strict=False))
+    with pytest.raises(ValueError, match=r"`split` must be one of \['train'\], got 'test'"):
+        load_images(train_data_dir=path, resolution=8, split="test")
+
+
+def test_names_of_files_make_no_splits(tmp_path, arrays):
+    names = ["a[1].png", "b?.png", "sub/test_2.png", "sub/val/3.png", "train-4.png", "ünï 5.png"]
+    pixels, _, data = found(folder_of(tmp_path, arrays, *names))
+    assert len(data) == 6
+    assert all(np.array_equal(a, b) for a, b in zip(pixels, arrays, strict=False))  # in the order of their names
+
+
+def test_folders_of_splits_alone_are_splits(tmp_path, arrays, caplog):
+    path = folder_of(tmp_path, arrays, "train/a/0.png", "train/b/1.png", "val/a/2.png", "val/b/3.png", "test/a/4.png")
+    (tmp_path / "README.md").write_text("about")
+    assert found(path)[1] == [0, 1]
+    assert "nothing stands beside the splits" in caplog.text
+    pixels, labels, _ = found(path, split="validation")
+    assert np.array_equal(pixels[0], arrays[2])
+    assert labels == [0, 1]
+    Image.fromarray(arrays[5]).save(tmp_path / "more.png")
+    caplog.clear()
+    assert len(found(path)[0]) == 6
+    assert "lie at different depths and are not read as classes" in caplog.text
+
+
+def test_parquet_files_are_listed(sources, tmp_path):
+    data = (sources / "parquet" / "data.parquet").read_bytes()
+    for name in ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet", "mixed/test_1.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    assert len(load_images(train_data_dir=str(tmp_path / "mixed"), resolution=8)) == N
+    assert len(load_images(train_data_dir=str(tmp_path / "data"), resolution=8)) == N
+    assert len(load_images(train_data_dir=str(tmp_path / "data"), resolution=8, split="test")) == N
+    assert len(load_images(train_data_dir=str(tmp_path), resolution=8)) == 3 * N
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_the_metadata_leaves_out_is_counted(tmp_path, arrays, caplog, streaming):
+    path = folder_of(tmp_path, arrays, "0.png", "1.png", "2.png", "sub/3.png")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": text}) for i, text in enumerate(("one", "", "three"))]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    options = {"train_data_dir": path, "resolution": 8, "caption_column": "text", "streaming": streaming}
+    data = load_images(**options)
+    assert "1 of 4 images have no line in the metadata and are left out: sub/3.png" in caplog.text.replace("\\", "/")
+    assert "(1 more without a line in the metadata)" in data.description
+    rows = [data.decode(row) for row in data.epoch(0, 10)] if streaming else list(data)
+    assert sorted(row["caption"] for row in rows) == ["", "one", "three"]
+    assert ("so far: 1, the last is" if streaming else "1 of 3 images have no caption in 'text'") in caplog.text
+    with pytest.raises(
+        ValueError, match="`require_captions` is set and 1 of 4 images .* no line in the metadata: sub"
+    ):
+        load_images(**options, require_captions=True)
+    with (tmp_path / "metadata.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"file_name": "sub/3.png", "text": "four"}))
+
+    def strict():
+        data = load_images(**options, require_captions=True)
+        return [data.decode(row) for row in data.epoch(0, 10)]
+
+    with pytest.raises(ValueError, match="`require_captions` is set and (1 of 4 images have no|image .* no) caption"):
+        strict()
+    with pytest.raises(ValueError, match="`require_captions` must be False where no captions are read"):
+        load_images(train_data_dir=path, resolution=8, require_captions=True)
+
+
 def test_transparency_is_put_on_white(tmp_path):
     pixels = np.zeros((4, 4, 4), np.uint8)
     pixels[..., 3] = 102  # 40 % black on white: 0.6 * 255 = 153
@@ -157,8 +250,8 @@ def test_refuses_bad_arguments(sources, changes, message):
     [
         ({"pictures": np.zeros((2, 4, 4), np.uint8)}, "must hold an array 'images'"),
         ({"images": np.zeros((2, 4), np.uint8)}, "`images` must have the shape"),
-        ({"images": np.zeros((2, 4, 4), np.int64)}, "`images` must be uint8 or float, got int64"),
-        ({"images": np.full((2, 4, 4), 2.0)}, r"lie in \[0, 1\], got a range from 2.0"),
+        ({"images": np.zeros((2, 4, 4), np.int64)}, "`images` must hold uint8 or floats .*, got int64"),
+        ({"images": np.full((2, 4, 4), 2.0)}, r"`images` must lie in \[0, 1\], got values from 2 to 2"),
         ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.zeros(3, int)}, "`labels` must be 2 integers"),
         ({"images": np.array([None, None])}, "no pickled objects"),
     ],

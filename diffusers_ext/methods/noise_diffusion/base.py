@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from diffusers.utils.outputs import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_ext.generation.latents import decoded, encoded, full_precision
+from diffusers_ext.generation.stepping import callback_names
 from diffusers_ext.hub.loading import SafePipeline
 
 from .diagnostics import NoiseDiagnostics, noise_diagnostics
-from .images import read_images
+from .images import gathered, read_images
 from .inversion import Model, NoiseLevels, ddim_decode, ddim_invert, expected_inverted_std, noise_levels
 from .mix import PerFrame, lerp, noise_diffusion_mix, slerp
 
@@ -22,6 +23,7 @@ __all__ = ["METHODS", "InterpolationPipeline", "NoiseDiffusionPipelineOutput"]
 
 METHODS = ("noise_diffusion", "slerp", "lerp", "noise")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+DIAGNOSED = 16  # of more states that many, evenly spread, are looked at
 
 
 @dataclass
@@ -33,7 +35,8 @@ class NoiseDiffusionPipelineOutput(BaseOutput):
             channels)` or a tensor `(frames, channels, height, width)`.
         weights: the weight of each frame; on a path the number of the pair is added.
         diagnostics: figures of the inverted states (`"inverted"`, one sample per image; absent for the method
-            `"noise"`) and of the mixed states (`"frames"`).
+            `"noise"`) and of the mixed states (`"frames"`); of more than 16, those of 16 that are evenly spread, whose
+            numbers are their `samples`. Empty where they were switched off.
         nsfw_content_detected: what the safety checker says of each frame, `None` without one.
     """
 
@@ -56,6 +59,23 @@ class Mixing:
     frame_batch_size: int | None
 
 
+class Network:
+    """The network as one stage of a call asks it, and what the stage shows to callbacks beside the latents."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def __call__(self, states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return self.model(states, timestep)
+
+    def offered(self) -> dict[str, torch.Tensor | None]:
+        """Returns tensors by the names that callbacks know."""
+        return {}
+
+    def take(self, changed: dict[str, torch.Tensor | None]) -> None:
+        """Uses what a callback returned from now on."""
+
+
 class InterpolationPipeline(SafePipeline):
     """Base of the pipelines; one of them says how images become states, and what its network is told."""
 
@@ -66,11 +86,17 @@ class InterpolationPipeline(SafePipeline):
 
     _callback_tensor_inputs = ["latents"]
     _num_timesteps = 0
+    _interrupt = False
 
     @property
     def num_timesteps(self) -> int:
-        """Steps of the present call, those of the inversion first."""
+        """Steps that a frame of the present call takes, those of the inversion first."""
         return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has stopped the present call, by `pipeline._interrupt = True`."""
+        return self._interrupt
 
     # ------------------------------------------------------------------ what a pipeline provides
 
@@ -145,8 +171,10 @@ class InterpolationPipeline(SafePipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         count: int,
         output_type: str,
+        callback: Any,
         callback_on_step_end_tensor_inputs: list[str],
-    ) -> None:
+    ) -> list[str]:
+        """Checks what all calls share; returns the names of the tensors that the callback is given."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {list(OUTPUT_TYPES)}, got {output_type!r}.")
         if isinstance(generator, list) and len(generator) != count:
@@ -154,11 +182,7 @@ class InterpolationPipeline(SafePipeline):
                 f"`generator` must be one generator or a list of {count}, one per noise that is drawn, got a list of "
                 f"{len(generator)}."
             )
-        if any(name not in self._callback_tensor_inputs for name in callback_on_step_end_tensor_inputs):
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be a subset of {self._callback_tensor_inputs}, got "
-                f"{callback_on_step_end_tensor_inputs}."
-            )
+        return callback_names(callback, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
     # ------------------------------------------------------------------ the work
 
@@ -167,82 +191,118 @@ class InterpolationPipeline(SafePipeline):
         clean: torch.Tensor,
         pairs: tuple[list[int], list[int]],
         mixing: Mixing,
-        invert_model: Model,
-        frame_model: Callable[[slice], Model],
+        invert_network: Network,
+        frame_network: Callable[[slice], Network],
         generator: torch.Generator | list[torch.Generator] | None,
         callback: Callable[[Any, int, Any, dict], dict] | None,
-    ) -> tuple[torch.Tensor, dict[str, NoiseDiagnostics]]:
-        """Inverts, mixes and denoises.
+        names: list[str],
+        diagnostics: dict[str, NoiseDiagnostics] | None,
+    ) -> Iterator[torch.Tensor]:
+        """Inverts, mixes and denoises, part by part.
 
         Args:
             clean: `(images, ...)` in the space that is diffused.
             pairs: indices of the first and second images.
             mixing: how frames are made.
-            invert_model: the network as the inversion asks it, for all images at once.
-            frame_model: returns the network for a part of the frames.
+            invert_network: the network as the inversion asks it, for all images at once.
+            frame_network: returns the network for a part of the frames; called when its turn has come.
             generator: draws the noise that frames share.
-            callback: `callback_on_step_end` of the call.
+            callback: `callback_on_step_end` of the call. Every part counts its steps from the end of the inversion.
+            names: of the tensors that it is given.
+            diagnostics: is filled, unless it is left out.
 
-        Returns:
-            Frames `(pairs * N, ...)`, those of a pair together, and the diagnostics.
+        Yields:
+            Parts of the frames `(pairs * N, ...)`, those of a pair together.
         """
         first, second = pairs
         inverts = mixing.method != "noise"
         count, frames = len(mixing.levels.timesteps), len(mixing.weights) * len(first)
         size = mixing.frame_batch_size or frames
         parts = [slice(start, min(start + size, frames)) for start in range(0, frames, size)]
-        self._num_timesteps = count * (inverts + len(parts))
-        step_of_call, diagnostics = 0, {}
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:  # pyright: ignore
+        self._num_timesteps, self._interrupt = count * (inverts + 1), False
+        with self.progress_bar(total=count * (inverts + len(parts))) as progress_bar:  # pyright: ignore
 
-            def stepped(step: int, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-                nonlocal step_of_call
-                if callback is not None:
-                    latents = callback(self, step_of_call, t, {"latents": latents}).get("latents", latents)
-                step_of_call += 1
-                progress_bar.update()
-                return latents
+            def stepped(network: Network, start: int) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]:
+                def after(step: int, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+                    if callback is not None:
+                        offered = {"latents": latents, **network.offered()}
+                        changed = callback(self, start + step, t, {name: offered[name] for name in names})
+                        latents = changed.get("latents", latents)
+                        network.take({name: value for name, value in changed.items() if name != "latents"})
+                    progress_bar.update()
+                    return latents
+
+                return after
 
             states = clean
             if inverts:
-                states = ddim_invert(invert_model, clean, mixing.levels, mixing.fixed_point_iterations, stepped)
-                inflation = expected_inverted_std(mixing.levels)
-                diagnostics["inverted"] = noise_diagnostics(states, inflation=inflation)
-            mixed = self._mix(states, clean, first, second, mixing, generator)
-            diagnostics["frames"] = noise_diagnostics(mixed)
-            done = [ddim_decode(frame_model(part), mixed[part], mixing.levels, stepped) for part in parts]
-        return torch.cat(done), diagnostics
+                states = ddim_invert(
+                    invert_network, clean, mixing.levels, mixing.fixed_point_iterations, stepped(invert_network, 0),
+                    lambda: self.interrupt,
+                )  # fmt: skip
+                if diagnostics is not None:
+                    samples, inflation = _spread(len(states)), expected_inverted_std(mixing.levels)
+                    found = noise_diagnostics(states[samples], inflation=inflation)
+                    diagnostics["inverted"] = replace(found, samples=tuple(samples))
+            noise = self._shared_noise(clean, first, second, mixing, generator)
+            samples, looked_at = _spread(frames), []
+            for part in parts:
+                mixed = self._mix(states, clean, noise, first, second, mixing, part)
+                if diagnostics is not None:
+                    looked_at += [mixed[i - part.start].cpu() for i in samples if part.start <= i < part.stop]
+                network = frame_network(part)
+                after = stepped(network, count * inverts)
+                yield ddim_decode(network, mixed, mixing.levels, after, lambda: self.interrupt)
+            if diagnostics is not None:
+                found = noise_diagnostics(torch.stack(looked_at))
+                diagnostics["frames"] = replace(found, samples=tuple(samples))
 
-    def _mix(
-        self,
-        states: torch.Tensor,
+    @staticmethod
+    def _shared_noise(
         clean: torch.Tensor,
         first: list[int],
         second: list[int],
         mixing: Mixing,
         generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor | None:
+        """Draws the noise of each pair, `None` where none is added."""
+        fresh = bool((torch.as_tensor(mixing.numbers["gamma"]) > 0).any())
+        if mixing.method != "noise" and not (mixing.method == "noise_diffusion" and fresh):
+            return None
+        # A path has one noise, so that its pieces meet; unrelated pairs have one each.
+        count = 1 if _is_path(first, second) else len(first)
+        noise = randn_tensor((count, *clean.shape[1:]), generator, clean.device, clean.dtype)
+        return noise.expand(len(first), *clean.shape[1:])
+
+    @staticmethod
+    def _mix(
+        states: torch.Tensor,
+        clean: torch.Tensor,
+        noise: torch.Tensor | None,
+        first: list[int],
+        second: list[int],
+        mixing: Mixing,
+        part: slice,
     ) -> torch.Tensor:
-        """Returns the mixed states `(pairs * N, ...)`."""
+        """Returns a part of the mixed states `(pairs * N, ...)`."""
         image_scale, noise_scale = mixing.alpha_cumprod**0.5, (1 - mixing.alpha_cumprod) ** 0.5
-
-        def draw() -> torch.Tensor:
-            # A path has one noise, so that its pieces meet; unrelated pairs have one each.
-            count = 1 if _is_path(first, second) else len(first)
-            noise = randn_tensor((count, *clean.shape[1:]), generator, clean.device, clean.dtype)
-            return noise.expand(len(first), *clean.shape[1:])
-
-        if mixing.method == "noise_diffusion":
-            fresh = bool((torch.as_tensor(mixing.numbers["gamma"]) > 0).any())
-            mixed = noise_diffusion_mix(
-                states[first], states[second], clean[first], clean[second], mixing.weights, image_scale, noise_scale,
-                noise=draw() if fresh else None, **mixing.numbers,
-            )  # fmt: skip
-        elif mixing.method == "noise":
-            noise = noise_scale * draw()
-            mixed = slerp(image_scale * clean[first] + noise, image_scale * clean[second] + noise, mixing.weights)
-        else:
-            mixed = (slerp if mixing.method == "slerp" else lerp)(states[first], states[second], mixing.weights)
-        return by_pair(mixed)
+        found = []
+        for pairs, frames in pieces(part, len(mixing.weights)):
+            one, other, weights = first[pairs], second[pairs], mixing.weights[frames]
+            of_pairs = None if noise is None else noise[pairs]
+            if mixing.method == "noise_diffusion":
+                numbers = {name: _of_frames(value, frames) for name, value in mixing.numbers.items()}
+                mixed = noise_diffusion_mix(
+                    states[one], states[other], clean[one], clean[other], weights, image_scale, noise_scale,
+                    noise=of_pairs, **numbers,
+                )  # fmt: skip
+            elif mixing.method == "noise":
+                added = noise_scale * of_pairs
+                mixed = slerp(image_scale * clean[one] + added, image_scale * clean[other] + added, weights)
+            else:
+                mixed = (slerp if mixing.method == "slerp" else lerp)(states[one], states[other], weights)
+            found.append(by_pair(mixed))
+        return torch.cat(found)
 
     def _encode(self, pixels: torch.Tensor, sample_posterior: bool = False, generator: Any = None) -> torch.Tensor:
         """Brings images in `[-1, 1]` into the space that is diffused, in fp32."""
@@ -252,13 +312,33 @@ class InterpolationPipeline(SafePipeline):
         with full_precision(self._autoencoder):
             return encoded(self._autoencoder, pixels, sample_posterior, generator)
 
-    def _decode(self, latents: torch.Tensor, frame_batch_size: int | None) -> torch.Tensor:
-        """Brings frames back to images in about `[-1, 1]`, fp32."""
-        if self._autoencoder is None:
-            return latents
-        with full_precision(self._autoencoder):
-            parts = latents.split(frame_batch_size or len(latents))
-            return torch.cat([decoded(self._autoencoder, part).float() for part in parts])
+    def _finish(self, images: torch.Tensor, output_type: str) -> tuple[Any, list[bool] | None]:
+        """Checks frames in about `[-1, 1]` and brings them into the form asked for."""
+        return self.image_processor.postprocess(images, output_type=output_type), None
+
+    def _images(
+        self, parts: Iterable[torch.Tensor], count: int, output_type: str, frame_batch_size: int | None
+    ) -> tuple[Any, list[bool] | None]:
+        """Decodes frames and brings them into the form asked for, part by part."""
+        flagged: list[bool] = []
+
+        def finished(parts: Iterable[torch.Tensor]) -> Iterator[Any]:
+            for part in parts:
+                images, found = self._finish(part, output_type)
+                flagged.extend(found or [])
+                yield images
+
+        if output_type == "latent":
+            return gathered(parts, count), None
+        autoencoder = self._autoencoder
+        if autoencoder is None:
+            return gathered(finished(parts), count), None
+        # All frames are denoised before any is decoded: a network that is offloaded goes and comes once.
+        latents = gathered(parts, count)
+        with full_precision(autoencoder):
+            decoding = (decoded(autoencoder, part).float() for part in latents.split(frame_batch_size or count))
+            images = gathered(finished(decoding), count)
+        return images, flagged or None
 
     def _output(
         self,
@@ -279,6 +359,33 @@ class InterpolationPipeline(SafePipeline):
 def by_pair(frames: torch.Tensor) -> torch.Tensor:
     """Turns `(N, pairs, ...)` into `(pairs * N, ...)`."""
     return frames.transpose(0, 1).flatten(0, 1)
+
+
+def pieces(part: slice, count: int) -> Iterator[tuple[slice, slice]]:
+    """Cuts a part of `(pairs * count)` frames into blocks of pairs and frames."""
+    start = part.start
+    while start < part.stop:
+        pair, frame = divmod(start, count)
+        whole = (part.stop - start) // count
+        if frame == 0 and whole:
+            yield slice(pair, pair + whole), slice(0, count)
+            start += whole * count
+        else:
+            stop = min(count, frame + part.stop - start)
+            yield slice(pair, pair + 1), slice(frame, stop)
+            start += stop - frame
+
+
+def _of_frames(value: PerFrame | None, frames: slice) -> Any:
+    """Returns the numbers of some frames; one number is that of all."""
+    numbers = None if value is None else torch.as_tensor(value, dtype=torch.float64)
+    return numbers[frames] if numbers is not None and numbers.numel() > 1 else value
+
+
+def _spread(count: int) -> list[int]:
+    """Returns at most `DIAGNOSED` of so many numbers, evenly spread from the first to the last."""
+    shown = min(count, DIAGNOSED)
+    return [round(i * (count - 1) / max(shown - 1, 1)) for i in range(shown)]
 
 
 def _is_path(first: list[int], second: list[int]) -> bool:

@@ -9,6 +9,7 @@ was found into the network and repeats the step.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -87,7 +88,8 @@ def noise_levels(scheduler: Any, num_inference_steps: int, strength: float = 1.0
         raise ValueError(
             f"`strength` must give at least one of {num_inference_steps} steps, got {strength}, which gives none."
         )
-    own: Any = DDIMScheduler.from_config(config)
+    # A copy, not one made from its arguments: those leave out what was given by position or changed since.
+    own = copy.copy(scheduler)
     own.set_timesteps(num_inference_steps)
     ascending = sorted(int(t) for t in own.timesteps)
     if ascending[-1] >= total:
@@ -95,7 +97,6 @@ def noise_levels(scheduler: Any, num_inference_steps: int, strength: float = 1.0
             f"`num_inference_steps` must leave room for the scheduler's steps_offset, got {num_inference_steps}, "
             f"whose last timestep {ascending[-1]} is not below {total}."
         )
-    # The scheduler's own tables: one made from its configuration would forget what was given by position.
     alphas = [float(scheduler.alphas_cumprod[t]) for t in ascending]
     below = ascending[0] - total // num_inference_steps
     image = float(scheduler.alphas_cumprod[below] if below >= 0 else scheduler.final_alpha_cumprod)
@@ -118,6 +119,7 @@ def ddim_invert(
     levels: NoiseLevels,
     fixed_point_iterations: int = 0,
     callback: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    interrupted: Callable[[], bool] | None = None,
 ) -> torch.Tensor:
     """Follows the images to their noise.
 
@@ -128,6 +130,7 @@ def ddim_invert(
         fixed_point_iterations: further calls of the network per step, each of which brings the step nearer to the
             inverse of the decoding one.
         callback: called after every step with its index, timestep and state; what it returns is the new state.
+        interrupted: asked before every step; once it answers yes, the state is returned as it is.
 
     Returns:
         States at the last level, `(batch, ...)`, in float32 (float64).
@@ -156,6 +159,8 @@ def ddim_invert(
     state = sample.to(torch.promote_types(sample.dtype, torch.float32))
     timesteps = torch.tensor(levels.timesteps, device=state.device)
     for step, t in enumerate(timesteps):
+        if interrupted is not None and interrupted():
+            break
         here, there = levels.alphas_cumprod[step : step + 2]
         image_scale = (there / here) ** 0.5
         noise_scale = (1 - there) ** 0.5 - image_scale * (1 - here) ** 0.5
@@ -173,6 +178,7 @@ def ddim_decode(
     state: torch.Tensor,
     levels: NoiseLevels,
     callback: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    interrupted: Callable[[], bool] | None = None,
 ) -> torch.Tensor:
     """Samples with deterministic DDIM from the last level down to the image.
 
@@ -181,6 +187,7 @@ def ddim_decode(
         state: `(batch, ...)` at the last level.
         levels: from `noise_levels`.
         callback: as in `ddim_invert`; the index counts from the noise.
+        interrupted: as in `ddim_invert`.
 
     Returns:
         Images `(batch, ...)` in the space that is diffused, in float32 (float64).
@@ -195,6 +202,8 @@ def ddim_decode(
     last = len(levels.timesteps) - 1
     timesteps = torch.tensor(levels.timesteps[::-1], device=state.device)
     for step, t in enumerate(timesteps):
+        if interrupted is not None and interrupted():
+            break
         there, here = levels.alphas_cumprod[last - step], levels.alphas_cumprod[last - step + 1]
         image, noise = _split(model(state, t), state, here, levels.prediction_type)
         state = there**0.5 * image + (1 - there) ** 0.5 * noise

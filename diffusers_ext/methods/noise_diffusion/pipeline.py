@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel, VQModel
 from diffusers.image_processor import VaeImageProcessor
 
-from .base import InterpolationPipeline, NoiseDiffusionPipelineOutput
+from .base import InterpolationPipeline, Network, NoiseDiffusionPipelineOutput
 from .mix import PerFrame
 
 __all__ = ["NoiseDiffusionPipeline"]
@@ -104,6 +104,7 @@ class NoiseDiffusionPipeline(InterpolationPipeline):
         legacy_timestep: bool = False,
         fixed_point_iterations: int = 0,
         frame_batch_size: int | None = None,
+        diagnostics: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -113,9 +114,10 @@ class NoiseDiffusionPipeline(InterpolationPipeline):
         """Makes the frames.
 
         Args:
-            image_0: the first image, or the first images of several pairs: PIL images; arrays `(height, width)`,
-                `(height, width, channels)` or with a batch in front; tensors `(channels, height, width)` or with a
-                batch in front; or a list of single ones. Values are 0..255 in uint8, or floats in `[0, 1]`.
+            image_0: the first image, or the first images of several pairs: PIL images of any mode with a known range;
+                arrays `(height, width)`, `(height, width, channels)` or with a batch in front; tensors `(channels,
+                height, width)` or with a batch in front; or a list of these. Values are uint8, uint16, or floats in
+                `[0, 1]`.
             image_1: the second image, or as many as `image_0`. Left out, `image_0` is a path of two images or more.
             num_frames: N, frames of each pair, evenly spaced between the images and without them.
             weights: the frames' places instead, numbers in `[0, 1]`, 0 at the first image.
@@ -131,14 +133,18 @@ class NoiseDiffusionPipeline(InterpolationPipeline):
             legacy_timestep: put images back in at the level one step higher, as the authors' code does.
             fixed_point_iterations: further calls of the network per inversion step, which bring the inversion nearer
                 to the inverse of the sampler.
-            frame_batch_size: frames denoised at a time, by default all.
+            frame_batch_size: frames denoised at a time, by default all; memory grows with it, and with all frames
+                only by what is returned.
+            diagnostics: look at the states, see `NoiseDiffusionPipelineOutput`.
             generator: draws the noise of `gamma` and of `"noise"`, which all frames of a pair share and all of a path
                 too; one, or one per pair.
             output_type: `"pil"`; `"np"` `(frames, height, width, channels)` or `"pt"` `(frames, channels, height,
                 width)` in `[0, 1]`; `"latent"`: the frames before decoding and clipping, fp32.
             return_dict: return `NoiseDiffusionPipelineOutput` instead of a tuple of its entries.
             callback_on_step_end: called as `(pipeline, step, timestep, {"latents": ...})` after every step, those of
-                the inversion first; the latents that it returns are used.
+                the inversion first; the latents that it returns are used. With `frame_batch_size` every part counts
+                its steps from the end of the inversion. `pipeline._interrupt = True` stops: what is not denoised by
+                then is returned as it is.
             callback_on_step_end_tensor_inputs: names passed to it.
 
         Returns:
@@ -156,18 +162,29 @@ class NoiseDiffusionPipeline(InterpolationPipeline):
         )  # fmt: skip
         pixels, first, second = self._read_pairs(image_0, image_1, *self._image_format())
         draws = 1 if image_1 is None else len(first)
-        self._check_call(generator, draws, output_type, callback_on_step_end_tensor_inputs)
-
-        clean = self._encode(pixels) * self.config["image_scale"]
-        frames, diagnostics = self._make_frames(
-            clean, (first, second), mixing, self._predict, lambda part: self._predict, generator, callback_on_step_end
+        names = self._check_call(
+            generator, draws, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
-        images: Any = frames
+
+        scale, network = self.config["image_scale"], Network(self._predict)
+        clean = self._encode(pixels) * scale
+        found = {} if diagnostics else None
+        parts = self._make_frames(
+            clean,
+            (first, second),
+            mixing,
+            network,
+            lambda part: network,
+            generator,
+            callback_on_step_end,
+            names,
+            found,
+        )
         if output_type != "latent":
-            images = self._decode(frames / self.config["image_scale"], frame_batch_size)
-            images = self.image_processor.postprocess(images, output_type=output_type)
+            parts = (part / scale for part in parts)
+        images, _ = self._images(parts, len(mixing.weights) * len(first), output_type, frame_batch_size)
         self.maybe_free_model_hooks()
-        return self._output(images, first, second, mixing, diagnostics, return_dict)
+        return self._output(images, first, second, mixing, found or {}, return_dict)
 
     def _predict(self, states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         output = self.unet(states.to(self.unet.dtype), timestep, return_dict=False)[0]

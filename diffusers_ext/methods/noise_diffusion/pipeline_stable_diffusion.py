@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 
-from .text import Condition, TextInterpolationPipeline
+from .condition import Condition
+from .text import TextInterpolationPipeline
 
 __all__ = ["StableDiffusionNoiseDiffusionPipeline"]
 
@@ -29,34 +30,44 @@ class StableDiffusionNoiseDiffusionPipeline(TextInterpolationPipeline, StableDif
 
     __module__ = "diffusers_ext"
 
+    _callback_tensor_inputs = StableDiffusionPipeline._callback_tensor_inputs
+
     def _encode_text(
         self,
         prompts: list[str] | None,
         negative_prompt: str | None,
         embeds: Condition,
         guided: bool,
-        clip_skip: int | None,
     ) -> tuple[Condition, Condition | None]:
         pooled = [name for name in embeds if "pooled" in name]
         if pooled:
             raise ValueError(f"`{pooled[0]}` must be left out: only Stable Diffusion XL takes them.")
         device = self._execution_device
         encode: Any = self.encode_prompt
-        told, _ = encode(prompts, device, 1, False, prompt_embeds=embeds.get("prompt_embeds"), clip_skip=clip_skip)
+        told, _ = encode(
+            prompts,
+            device,
+            1,
+            False,
+            prompt_embeds=embeds.get("prompt_embeds"),
+            lora_scale=self._lora_scale,
+            clip_skip=self.clip_skip,
+        )
         if not guided:
             return {"encoder_hidden_states": told}, None
         null = embeds.get("negative_prompt_embeds")
         if null is None:
             # Once for all images. As in Diffusers, `clip_skip` does not apply to it.
-            _, null = encode(None, device, 1, True, negative_prompt=negative_prompt, prompt_embeds=told[:1])
+            _, null = encode(
+                None,
+                device,
+                1,
+                True,
+                negative_prompt=negative_prompt,
+                prompt_embeds=told[:1],
+                lora_scale=self._lora_scale,
+            )
         return {"encoder_hidden_states": told}, {"encoder_hidden_states": null.to(told)}
-
-    def _call_unet(
-        self, sample: torch.Tensor, timestep: torch.Tensor, condition: Condition, cross_attention_kwargs: Any
-    ) -> torch.Tensor:
-        return self.unet(
-            sample, timestep, **condition, cross_attention_kwargs=cross_attention_kwargs, return_dict=False
-        )[0]
 
     def _finish(self, images: torch.Tensor, output_type: str) -> tuple[Any, list[bool] | None]:
         checked, flagged = self.run_safety_checker(images, self._execution_device, self.unet.dtype)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from .text import Condition, TextInterpolationPipeline
+from .condition import Condition
+from .text import TextInterpolationPipeline
 
 __all__ = ["StableDiffusionXLNoiseDiffusionPipeline"]
 
@@ -28,13 +29,19 @@ class StableDiffusionXLNoiseDiffusionPipeline(TextInterpolationPipeline, StableD
 
     __module__ = "diffusers_ext"
 
+    _callback_tensor_inputs = StableDiffusionXLPipeline._callback_tensor_inputs
+    _callback_names = {
+        "prompt_embeds": "encoder_hidden_states",
+        "add_text_embeds": "text_embeds",
+        "add_time_ids": "time_ids",
+    }
+
     def _encode_text(
         self,
         prompts: list[str] | None,
         negative_prompt: str | None,
         embeds: Condition,
         guided: bool,
-        clip_skip: int | None,
     ) -> tuple[Condition, Condition | None]:
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             pooled = name.replace("prompt", "pooled_prompt")
@@ -48,7 +55,8 @@ class StableDiffusionXLNoiseDiffusionPipeline(TextInterpolationPipeline, StableD
             do_classifier_free_guidance=False,
             prompt_embeds=embeds.get("prompt_embeds"),
             pooled_prompt_embeds=embeds.get("pooled_prompt_embeds"),
-            clip_skip=clip_skip,
+            lora_scale=self._lora_scale,
+            clip_skip=self.clip_skip,
         )
         condition = {"encoder_hidden_states": told, "text_embeds": pooled_told}
         if not guided:
@@ -63,6 +71,7 @@ class StableDiffusionXLNoiseDiffusionPipeline(TextInterpolationPipeline, StableD
                 negative_prompt=negative_prompt,
                 prompt_embeds=told[:1],
                 pooled_prompt_embeds=pooled_told[:1],
+                lora_scale=self._lora_scale,
             )
         return condition, {"encoder_hidden_states": null.to(told), "text_embeds": pooled_null.to(told)}
 
@@ -71,19 +80,6 @@ class StableDiffusionXLNoiseDiffusionPipeline(TextInterpolationPipeline, StableD
         pooled = condition["text_embeds"]
         ids = self._get_add_time_ids(size, (0, 0), size, pooled.dtype, pooled.shape[-1])
         return {**condition, "time_ids": ids.to(pooled.device).expand(len(pooled), -1)}
-
-    def _call_unet(
-        self, sample: torch.Tensor, timestep: torch.Tensor, condition: Condition, cross_attention_kwargs: Any
-    ) -> torch.Tensor:
-        added = {name: value for name, value in condition.items() if name != "encoder_hidden_states"}
-        return self.unet(
-            sample,
-            timestep,
-            encoder_hidden_states=condition["encoder_hidden_states"],
-            added_cond_kwargs=added,
-            cross_attention_kwargs=cross_attention_kwargs,
-            return_dict=False,
-        )[0]
 
     def _finish(self, images: torch.Tensor, output_type: str) -> tuple[Any, list[bool] | None]:
         if self.watermark is not None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 
-from .base import InterpolationPipeline, NoiseDiffusionPipelineOutput, by_pair
-from .inversion import Model
+from .base import InterpolationPipeline, NoiseDiffusionPipelineOutput, by_pair, pieces
+from .condition import Condition, TextNetwork
 from .mix import PerFrame, interpolate_embeddings
 
-__all__ = ["Condition", "TextInterpolationPipeline"]
-
-Condition = dict[str, torch.Tensor]
-"""What a network is told, by name: `(batch, ...)` tensors."""
+__all__ = ["TextInterpolationPipeline"]
 
 
 class TextInterpolationPipeline(InterpolationPipeline):
@@ -22,21 +20,57 @@ class TextInterpolationPipeline(InterpolationPipeline):
 
     vae: Any
 
+    # What Diffusers' properties read; a call sets them, and a callback may change them while it runs.
+    _guidance_scale = 1.0
+    _begun_with = 1.0  # the scale that the present stage began with
+    _guidance_rescale = 0.0
+    _clip_skip: int | None = None
+    _cross_attention_kwargs: dict[str, Any] | None = None
+    _denoising_end: float | None = None
+
+    _callback_names = {"prompt_embeds": "encoder_hidden_states"}
+    """The names of what the network is told, as callbacks know them."""
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the present step is guided.
+
+        A scale of the call leads away from the negative prompt wherever it is not 1; one that a callback has set does
+        above 1, as in Diffusers, and below it turns guidance off.
+        """
+        scale = self._guidance_scale
+        return scale != 1.0 if scale == self._begun_with else scale > 1.0
+
+    def _begin(self, scale: float) -> None:
+        self._guidance_scale = self._begun_with = scale
+
     def _encode_text(
         self,
         prompts: list[str] | None,
         negative_prompt: str | None,
         embeds: Condition,
         guided: bool,
-        clip_skip: int | None,
     ) -> tuple[Condition, Condition | None]:
         """Returns what the network is told of every image, and of nothing (one sample) where it is guided."""
         raise NotImplementedError
 
-    def _call_unet(
-        self, sample: torch.Tensor, timestep: torch.Tensor, condition: Condition, cross_attention_kwargs: Any
-    ) -> torch.Tensor:
-        raise NotImplementedError
+    def _call_unet(self, sample: torch.Tensor, timestep: torch.Tensor, condition: Condition) -> torch.Tensor:
+        added: dict[str, Any] = {k: v for k, v in condition.items() if k in ("text_embeds", "time_ids")}
+        images = [value for name, value in condition.items() if name.startswith("image_embeds")]
+        if images:
+            added["image_embeds"] = images
+        return self.unet(
+            sample,
+            timestep,
+            encoder_hidden_states=condition["encoder_hidden_states"],
+            added_cond_kwargs=added or None,
+            cross_attention_kwargs=self.cross_attention_kwargs,
+            return_dict=False,
+        )[0]
+
+    @property
+    def _lora_scale(self) -> float | None:
+        return (self.cross_attention_kwargs or {}).get("scale")
 
     def _check_text(
         self, prompt: Any, prompt_1: Any, negative_prompt: Any, embeds: dict[str, Any], count: int, is_path: bool
@@ -70,21 +104,53 @@ class TextInterpolationPipeline(InterpolationPipeline):
         first = _texts("prompt", prompt, count // 2)
         return first + (first if prompt_1 is None else _texts("prompt_1", prompt_1, count // 2)), given
 
-    def _guided(
-        self, condition: Condition, null: Condition | None, scale: float, cross_attention_kwargs: Any
-    ) -> Model:
-        """Returns the network as a function of state and timestep; with guidance both branches run as one batch."""
-        if scale == 1.0 or null is None:
-            return lambda states, t: self._call_unet(states.to(self.unet.dtype), t, condition, cross_attention_kwargs)
-        both = {name: torch.cat([null[name].expand_as(value), value]) for name, value in condition.items()}
+    def _check_image_prompt(self, image: Any, embeds: Any, guided: bool) -> None:
+        adapted = getattr(self.unet.config, "encoder_hid_dim_type", None) == "ip_image_proj"
+        if image is not None and embeds is not None:
+            raise ValueError("`ip_adapter_image` must be left out where `ip_adapter_image_embeds` are given.")
+        name, value = ("ip_adapter_image", image) if embeds is None else ("ip_adapter_image_embeds", embeds)
+        if (value is not None) != adapted:
+            raise ValueError(
+                f"`{name}` must be given: an IP-Adapter is loaded."
+                if adapted
+                else f"`{name}` must be left out: no IP-Adapter is loaded (`load_ip_adapter`)."
+            )
+        if not adapted:
+            return
+        count = len(self.unet.encoder_hid_proj.image_projection_layers)
+        found = len(value) if isinstance(value, list) else 1
+        if found != count:
+            raise ValueError(f"`{name}` must be a list of {count}, one for each IP-Adapter, got {found}.")
+        rows = 1 + guided
+        if embeds is not None and not all(
+            isinstance(e, torch.Tensor) and e.ndim in (3, 4) and len(e) == rows for e in embeds
+        ):
+            raise ValueError(
+                f"`{name}` must hold tensors of shape ({rows}, images, ...){', negative first' * guided}."
+            )
 
-        def model(states: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            states = states.to(self.unet.dtype)
-            output = self._call_unet(torch.cat([states, states]), t, both, cross_attention_kwargs)
-            without, told = output.float().chunk(2)
-            return without + scale * (told - without)
+    def _encode_image_prompt(self, image: Any, embeds: Any, guided: bool) -> tuple[Condition, Condition | None]:
+        """Returns what the network is told by image prompts, one row each, and without them."""
+        if image is None and embeds is None:
+            return {}, {}
+        both = guided or embeds is None
+        prepare: Any = self.prepare_ip_adapter_image_embeds  # pyright: ignore[reportAttributeAccessIssue]
+        found = [e.to(self.unet.dtype) for e in prepare(image, embeds, self._execution_device, 1, both)]
+        told = {f"image_embeds_{i}": e[-1:] for i, e in enumerate(found)}
+        return told, {f"image_embeds_{i}": e[:1] for i, e in enumerate(found)} if both else None
 
-        return model
+    def _of_frames(
+        self, network: TextNetwork, pairs: tuple[list[int], list[int]], weights: torch.Tensor, part: slice, mode: Any
+    ) -> TextNetwork:
+        """Returns the network for a part of the frames, which is told what lies between their images."""
+        parts: dict[str, list[torch.Tensor]] = {name: [] for name in network.told}
+        for of_pairs, frames in pieces(part, len(weights)):
+            one, other = (indices[of_pairs] for indices in pairs)
+            for name, value in network.told.items():
+                between = interpolate_embeddings(value[one], value[other], weights[frames], mode)
+                parts[name].append(by_pair(between))
+        null = network.null and {name: value[:1] for name, value in network.null.items()}
+        return TextNetwork(self, {name: torch.cat(values) for name, values in parts.items()}, null)
 
     @torch.no_grad()
     def __call__(
@@ -110,11 +176,14 @@ class TextInterpolationPipeline(InterpolationPipeline):
         legacy_timestep: bool = False,
         fixed_point_iterations: int = 0,
         frame_batch_size: int | None = None,
+        diagnostics: bool = True,
         sample_posterior: bool = False,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         pooled_prompt_embeds: torch.Tensor | None = None,
         negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
         clip_skip: int | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -148,19 +217,29 @@ class TextInterpolationPipeline(InterpolationPipeline):
             legacy_timestep: put images back in at the level one step higher, as the authors' code does.
             fixed_point_iterations: further calls of the network per inversion step.
             frame_batch_size: frames denoised and decoded at a time, by default all.
+            diagnostics: look at the states, see `NoiseDiffusionPipelineOutput`.
             sample_posterior: draw the latents of the images from the VAE's posterior instead of taking its mean.
             prompt_embeds: `(1 or images, tokens, width)` instead of prompts, the images of `image_0` first.
             negative_prompt_embeds: `(1, tokens, width)` instead of `negative_prompt`.
             pooled_prompt_embeds: `(1 or images, width)`, for Stable Diffusion XL, with `prompt_embeds`.
             negative_pooled_prompt_embeds: `(1, width)`, likewise.
+            ip_adapter_image: image prompt, for a pipeline with an IP-Adapter (or a list, one for each): the same for
+                all images and frames.
+            ip_adapter_image_embeds: instead of it a list of `(1, images, ...)`, one for each IP-Adapter; `(2,
+                images, ...)` with the negative first where the inversion or the frames are guided.
             clip_skip: layers of the text encoder left out at its end.
             cross_attention_kwargs: for the attention processors, such as `{"scale": 0.5}` for LoRA.
             generator: draws the posterior and the shared noise; one, or one per pair (then `sample_posterior` must be
                 off).
             output_type: `"pil"`, `"np"`, `"pt"`, or `"latent"` for the frames' scaled latents, fp32.
             return_dict: return `NoiseDiffusionPipelineOutput` instead of a tuple of its entries.
-            callback_on_step_end: called as `(pipeline, step, timestep, {"latents": ...})` after every step.
-            callback_on_step_end_tensor_inputs: names passed to it.
+            callback_on_step_end: called as `(pipeline, step, timestep, tensors)` after every step, those of the
+                inversion first; with `frame_batch_size` every part counts its steps from the end of the inversion.
+                What it returns is used: latents at once, what the network is told from then on in this part (of the
+                inversion: in all frames, too). `pipeline._guidance_scale` set by it counts from the next step on; set
+                in the inversion, it holds for all frames. `pipeline._interrupt = True` stops: what is not denoised by
+                then is returned as it is. Diffusers' callbacks, such as `SDCFGCutoffCallback`, work.
+            callback_on_step_end_tensor_inputs: names passed to it, those of Diffusers' own pipeline.
 
         Returns:
             `NoiseDiffusionPipelineOutput` with the frames of the first pair first.
@@ -190,7 +269,11 @@ class TextInterpolationPipeline(InterpolationPipeline):
             )
         pixels, first, second = self._read_pairs(image_0, image_1, self.vae.config.in_channels, self.vae_scale_factor)
         draws = 1 if image_1 is None else len(first)
-        self._check_call(generator, draws, output_type, callback_on_step_end_tensor_inputs)
+        names = self._check_call(
+            generator, draws, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
+        guided = guidance_scale != 1.0 or inversion_guidance_scale != 1.0
+        self._check_image_prompt(ip_adapter_image, ip_adapter_image_embeds, guided)
         embeds = {
             "prompt_embeds": prompt_embeds,
             "negative_prompt_embeds": negative_prompt_embeds,
@@ -201,37 +284,48 @@ class TextInterpolationPipeline(InterpolationPipeline):
             prompt, prompt_1, negative_prompt, embeds, len(pixels), is_path=image_1 is None
         )
 
-        guided = guidance_scale != 1.0 or inversion_guidance_scale != 1.0
-        condition, null = self._encode_text(prompts, negative_prompt, given, guided, clip_skip)
-        condition = self._complete(condition, pixels)
-        null = None if null is None else self._complete(null, pixels)
-        of_frames = {
-            name: by_pair(interpolate_embeddings(v[first], v[second], mixing.weights, prompt_interpolation))
-            for name, v in condition.items()
-        }
+        self._begin(inversion_guidance_scale)
+        self._clip_skip, self._cross_attention_kwargs = clip_skip, cross_attention_kwargs
+        # A callback may turn guidance on.
+        known = self.text_encoder is not None or "negative_prompt_embeds" in given
+        told, null = self._encode_text(
+            prompts, negative_prompt, given, guided or (callback_on_step_end is not None and known)
+        )
+        image_told, image_null = self._encode_image_prompt(ip_adapter_image, ip_adapter_image_embeds, guided)
+        told = {**told, **{name: value.expand(len(pixels), *value.shape[1:]) for name, value in image_told.items()}}
+        null = None if null is None or image_null is None else self._complete({**null, **image_null}, pixels)
+        invert_network = TextNetwork(self, self._complete(told, pixels), null)
+        kept: list[float] = []  # the guidance at the end of the inversion: what a callback has set there stays
 
-        def frame_model(part: slice) -> Model:
-            told = {name: value[part] for name, value in of_frames.items()}
-            return self._guided(told, null, guidance_scale, cross_attention_kwargs)
+        def frame_network(part: slice) -> TextNetwork:
+            kept[:] = kept or [self._guidance_scale]
+            if kept[0] == inversion_guidance_scale:
+                self._begin(guidance_scale)
+            else:
+                self._guidance_scale, self._begun_with = kept[0], math.nan
+            return self._of_frames(invert_network, (first, second), mixing.weights, part, prompt_interpolation)
 
         clean = self._encode(pixels, sample_posterior, generator)
-        invert_model = self._guided(condition, null, inversion_guidance_scale, cross_attention_kwargs)
-        frames, diagnostics = self._make_frames(
-            clean, (first, second), mixing, invert_model, frame_model, generator, callback_on_step_end
+        found = {} if diagnostics else None
+        parts = self._make_frames(
+            clean,
+            (first, second),
+            mixing,
+            invert_network,
+            frame_network,
+            generator,
+            callback_on_step_end,
+            names,
+            found,
         )
-        images, flagged = frames, None
-        if output_type != "latent":
-            images, flagged = self._finish(self._decode(frames, frame_batch_size), output_type)
+        count = len(mixing.weights) * len(first)
+        images, flagged = self._images(parts, count, output_type, frame_batch_size)
         self.maybe_free_model_hooks()
-        return self._output(images, first, second, mixing, diagnostics, return_dict, flagged)
+        return self._output(images, first, second, mixing, found or {}, return_dict, flagged)
 
     def _complete(self, condition: Condition, pixels: torch.Tensor) -> Condition:
         """Adds what the network is told of the images beside text."""
         return condition
-
-    def _finish(self, images: torch.Tensor, output_type: str) -> tuple[Any, list[bool] | None]:
-        """Checks decoded frames and brings them into the form asked for."""
-        return self.image_processor.postprocess(images, output_type=output_type), None
 
 
 def _texts(name: str, value: Any, count: int) -> list[str]:

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from diffusers import UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
-from PIL import Image
 from transformers import PreTrainedModel
 
+from diffusers_ext.data.reading import read_images
 from diffusers_ext.hub.loading import SafePipeline
 from diffusers_ext.metrics.features import ImageClassifierFeatures
 
@@ -198,9 +197,9 @@ class SDATTAPipeline(SafePipeline):
         """Adapts and classifies images.
 
         Args:
-            images: a PIL image, an array `(height, width[, channels])` or `(batch, height, width, channels)`, uint8
-                or floats in [0, 1], a tensor `(channels, height, width)` or `(batch, channels, height, width)` in
-                [0, 1], or a list of these.
+            images: a PIL image of any mode with a known range, an array `(height, width[, channels])` or `(batch,
+                height, width, channels)`, a tensor `(channels, height, width)` or `(batch, channels, height, width)`,
+                uint8, uint16 or floats in [0, 1], or a list of these.
             ensemble: how the two views are combined; see `ensemble_logits`. `"source"` calls no diffusion model.
             alignment: settings of `AlignConfig` for this call, over the pipeline's own.
             resize: images of another size than the diffusion model's are brought to it: `"crop"` resizes the shorter
@@ -300,44 +299,19 @@ def to_tensor(images: Any, size: int, channels: int, resize: Resize = "crop") ->
     Raises:
         ValueError: they are no images, or have another size with `resize="none"`.
     """
-    batched = isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4
-    items = list(images) if isinstance(images, list | tuple) or batched else [images]
-    if not items:
-        raise ValueError("`images` must hold at least one image, got none.")
-    return torch.stack([_one(item, size, channels, resize) for item in items])
+    return torch.stack([_resized(image, size, resize) * 2 - 1 for image in read_images(images, "images", channels)])
 
 
-def _one(image: Any, size: int, channels: int, resize: Resize) -> torch.Tensor:
-    if isinstance(image, Image.Image):
-        image = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    if isinstance(image, np.ndarray):
-        pixels = torch.from_numpy(np.array(image[..., None] if image.ndim == 2 else image))  # own memory, writable
-        pixels = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels
-    elif isinstance(image, torch.Tensor):
-        pixels = image
-    else:
-        raise ValueError(f"`images` must be PIL images, arrays or tensors, got {type(image).__name__}.")
-    if pixels.ndim != 3 or pixels.shape[0] != channels:
-        raise ValueError(
-            f"`images` must have {channels} channels like `unet`, got an image of shape {tuple(image.shape)}."
-        )
-    if pixels.is_floating_point():
-        if not (bool(torch.isfinite(pixels).all()) and float(pixels.min()) >= 0 and float(pixels.max()) <= 1):
-            raise ValueError("`images` as floats must be finite and lie in [0, 1].")
-        pixels = pixels.float()
-    elif pixels.dtype == torch.uint8:
-        pixels = pixels / 255
-    else:
-        raise ValueError(f"`images` must be uint8 or floats in [0, 1], got {pixels.dtype}.")
+def _resized(pixels: torch.Tensor, size: int, resize: Resize) -> torch.Tensor:
     height, width = pixels.shape[1:]
-    if (height, width) != (size, size):
-        if resize == "none":
-            raise ValueError(f"`images` must be {size} x {size} with `resize='none'`, got {height} x {width}.")
-        scale = size / min(height, width)
-        target = (
-            (size, size) if resize == "squash" else (max(size, round(height * scale)), max(size, round(width * scale)))
-        )
-        pixels = torch.nn.functional.interpolate(pixels[None], target, mode="bicubic", antialias=True)[0].clamp(0, 1)
-        top, left = (target[0] - size) // 2, (target[1] - size) // 2
-        pixels = pixels[:, top : top + size, left : left + size]
-    return pixels * 2 - 1
+    if (height, width) == (size, size):
+        return pixels
+    if resize == "none":
+        raise ValueError(f"`images` must be {size} x {size} with `resize='none'`, got {height} x {width}.")
+    scale = size / min(height, width)
+    target = (
+        (size, size) if resize == "squash" else (max(size, round(height * scale)), max(size, round(width * scale)))
+    )
+    pixels = torch.nn.functional.interpolate(pixels[None], target, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    top, left = (target[0] - size) // 2, (target[1] - size) // 2
+    return pixels[:, top : top + size, left : left + size]
