@@ -24,7 +24,7 @@ from diffusers_ext.generation.prompts import Conditions
 from diffusers_ext.hub.card import RepoCard
 from diffusers_ext.hub.repo import has_lora_format, save_lora_repo, save_repo
 
-from .adapters import add_lora, check_loads_again, save_only_trained
+from .lora import add_lora, check_loads_again, save_only_trained
 from .images import image_dataset
 from .noise import NoiseStrategy, offset_noise
 from .objectives import Objective

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import diffusers_ext.data.cache as cache
 from diffusers_ext import StepRNG, TextToImageConfig, TextToImageRecipe, Trainer
 from diffusers_ext.data.buckets import BucketBatchSampler, bucket_sizes, nearest_bucket
-from diffusers_ext.training.adapters import adapters_off
+from diffusers_ext.training.lora import adapters_off
 from diffusers_ext.training.pipeline_schedule import pipeline_objective, sampling_shift
 from diffusers_ext.training.recipe import Context
 from diffusers_ext.training.timesteps import ShiftedNoiseLevels
@@ -166,16 +166,15 @@ def test_the_loss_on_one_image_halves(root, tmp_path):
         tmp_path,
         train_data_dir=str(root / "one"),
         train_batch_size=1,
-        gradient_accumulation_steps=1,
         pipeline="z_image",
-        lora_rank=8,
+        lora_rank=16,
         lora_targets=targets,
         learning_rate=1e-2,
-        max_train_steps=60,
+        max_train_steps=40,
         use_ema=False,
         caption_dropout=0.0,
     )
-    assert np.mean(record.losses[-10:]) < 0.5 * np.mean(record.losses[:3])
+    assert np.mean(record.losses[-10:]) < 0.5 * np.mean(record.losses[:5])
 
 
 def test_a_component_without_a_lora_format_is_saved_as_peft_does(root, tmp_path):
@@ -390,7 +389,6 @@ def test_coupled_noise_over_prompts_and_long_captions_are_said_once(root, tmp_pa
     text = caplog.text
     assert text.count("hides the prompt") == 1
     assert text.count("1 of 3 captions are longer than the 77 tokens of tokenizer") == 1
-    assert text.count("2 of 8 images have no caption") == 1
 
 
 REFUSED = {
