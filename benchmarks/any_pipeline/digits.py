@@ -1,10 +1,11 @@
-"""Captioned digits, the small VAE of their latents, and untrained text-to-image models: what the experiment starts from.
+"""Captioned digits, a small VAE for them, and untrained text-to-image models: what the experiment starts from.
 
     python -m benchmarks.any_pipeline.digits     # 15 minutes on one core
 
-Digits are MNIST's, padded from 28x28 to the 32x32 that every pipeline can draw. The VAE also sees them in colours, inverted ones among them, so that its latents hold what a
-model of white digits is to be adapted to. Text encoders and tokenizers are made here too: random weights tell ten
-words apart. Everything is made once and kept in runs/any_pipeline.
+Digits are MNIST's, padded from 28x28 to the 32x32 that every pipeline can draw. The VAE also sees them in colours,
+inverted ones among them, so that its latents hold what a model of white digits is to be adapted to. Text encoders and
+tokenizers are made here too: random weights tell ten words apart. Everything is made once and kept in
+runs/any_pipeline.
 """
 
 import json
@@ -87,7 +88,9 @@ def captioned():
     """Returns the folder of the 4,000 training digits with their captions."""
     images, labels, _, _ = mnist()
     folder = RUNS / "digits"
-    write_folder(folder, [np.repeat(image[:, :, None], 3, 2) for image in padded(images)], [PROMPTS[i] for i in labels])
+    write_folder(
+        folder, [np.repeat(image[:, :, None], 3, 2) for image in padded(images)], [PROMPTS[i] for i in labels]
+    )
     return folder
 
 
@@ -126,8 +129,12 @@ def vae():
                 print(f"VAE step {step}: squared error {error:.4f}", flush=True)
         model.eval()
         with torch.no_grad():
-            every = torch.cat([model.encode(coloured(part, torch.ones(1, 3), torch.zeros(1, 3)) * 2 - 1)
-                               .latent_dist.mean for part in grey.split(250)])
+            every = torch.cat(
+                [
+                    model.encode(coloured(part, torch.ones(1, 3), torch.zeros(1, 3)) * 2 - 1).latent_dist.mean
+                    for part in grey.split(250)
+                ]
+            )
         model.register_to_config(scaling_factor=float(1 / every.std()), shift_factor=float(every.mean()))
         model.save_pretrained(folder, safe_serialization=True)
     return AutoencoderKL.from_pretrained(folder).eval()
@@ -181,7 +188,11 @@ def t5_encoder():
 
 def sd3(seed):
     """Returns an untrained StableDiffusion3Pipeline of digits."""
-    (tokenizer, encoder), (tokenizer_2, encoder_2), (tokenizer_3, encoder_3) = clip_encoder(1), clip_encoder(2), t5_encoder()
+    (tokenizer, encoder), (tokenizer_2, encoder_2), (tokenizer_3, encoder_3) = (
+        clip_encoder(1),
+        clip_encoder(2),
+        t5_encoder(),
+    )
     torch.manual_seed(seed)
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(

@@ -4,9 +4,9 @@
 
 Tiny models shaped like Stable Diffusion 3 (flow matching; three seeds) and PixArt (noise prediction; one seed) learn
 MNIST's digits from captions such as "a handwritten three" with the recipe `text_to_image`: with Gaussian noise, with
-noise assigned over the batch, and assigned among images of one caption only. The stock pipeline then draws 50 images of
-each caption in 20 steps at four guidance scales. Accuracy is how many of them a classifier reads as their caption, FD
-their Frechet distance to 1,000 held-out digits in the features of that classifier.
+noise assigned over the batch, and assigned among images of one caption only. The stock pipeline then draws 50 images
+of each caption in 20 steps at four guidance scales. Accuracy is how many of them a classifier reads as their caption,
+FD their Frechet distance to 1,000 held-out digits in the features of that classifier.
 
 Training resumes where it was interrupted, and what is finished is not done again (runs/any_pipeline). The result is
 benchmarks/results/any_pipeline/experiment.json with a picture beside it.
@@ -167,7 +167,9 @@ def plot(path, by_shape):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure_, axes = plt.subplots(len(by_shape), 5, figsize=(13, 2.9 * len(by_shape)), squeeze=False, layout="constrained")
+    figure_, axes = plt.subplots(
+        len(by_shape), 5, figsize=(13, 2.9 * len(by_shape)), squeeze=False, layout="constrained"
+    )
     for row, (shape, by_seed) in zip(axes, by_shape.items(), strict=True):
         for noise in NOISES:
             for axis, name in zip(row, ("frechet_distance", "accuracy"), strict=False):
@@ -179,7 +181,9 @@ def plot(path, by_shape):
             best_scale = min(GUIDANCE, key=lambda g: by_seed[0][f"{noise} {g:g}"]["frechet_distance"])  # noqa: B023
             pipe = DiffusionPipeline.from_pretrained(trained(shape, noise, 0))
             images = draw(pipe, shape, best_scale, count=8)[:, 0].numpy().reshape(10, 8, SIZE, SIZE)
-            axis.imshow(np.concatenate([np.concatenate(list(line), 1) for line in images.transpose(1, 0, 2, 3)]), "gray")
+            axis.imshow(
+                np.concatenate([np.concatenate(list(line), 1) for line in images.transpose(1, 0, 2, 3)]), "gray"
+            )
             axis.set_title(f"{noise}, guidance {best_scale:g}", fontsize=9)
             axis.axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +192,12 @@ def plot(path, by_shape):
 
 def report(by_shape, seconds):
     """Writes what there is so far."""
-    rows = {f"{s}_{n}_{g:g}".replace(".", "_"): f"{s}, {n}, guidance {g:g}" for s in by_shape for n in NOISES for g in GUIDANCE}
+    rows = {
+        f"{s}_{n}_{g:g}".replace(".", "_"): f"{s}, {n}, guidance {g:g}"
+        for s in by_shape
+        for n in NOISES
+        for g in GUIDANCE
+    }
     columns = {"accuracy": "accuracy", "frechet_distance": "FD"}
     plot(ROOT / "benchmarks" / "results" / "any_pipeline" / "experiment.png", by_shape)
     command = "python -m benchmarks.any_pipeline.experiment"

@@ -4,7 +4,7 @@ import diffusers
 import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from tests.tiny_pipelines import autoencoder, clip, t5, unet
+from tests.tiny_pipelines import autoencoder, clip, t5
 from tests.tiny_tokenizers import clip_tokenizer, plain_tokenizer, t5_tokenizer
 
 from .tiny_images import llama, t5_parts

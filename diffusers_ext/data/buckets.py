@@ -1,4 +1,4 @@
-"""Images of several shapes in one training run: each is cropped to the nearest of a few sizes, a batch has one size."""
+"""Images of several shapes in one run: each is cropped to the nearest of a few sizes, and a batch has one size."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class BucketBatchSampler(Sampler[list[tuple[int, int]]]):
             yield [self._position(bucket, place) for place in range(begin, begin + self.batch_size)]
 
     def _epoch(self, epoch: int) -> tuple[list[tuple[int, int]], int]:
-        """Returns an epoch's updates as `(bucket, its how manieth update)` in their order, and how many came before."""
+        """Returns an epoch's updates in their order as `(bucket, number)`, and how many came before."""
         updates = [
             (b, number)
             for b, bucket in enumerate(self.buckets)

@@ -82,9 +82,7 @@ class _Images:
             raise ValueError(f"image {name} cannot be read: {error}") from error
         return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
-    def _augmented(
-        self, pixels: np.ndarray, generator: torch.Generator | None, size: tuple[int, int]
-    ) -> torch.Tensor:
+    def _augmented(self, pixels: np.ndarray, generator: torch.Generator | None, size: tuple[int, int]) -> torch.Tensor:
         """Crops and flips `(height, width, channels)` uint8 pixels and scales them to [-1, 1]."""
         free = [side - wanted for side, wanted in zip(pixels.shape[:2], size, strict=True)]
         if self.center_crop:

@@ -112,7 +112,9 @@ class TextToImageConfig(NoiseConfig):
                 value = getattr(self, name)
                 require(value in (None, False), name, value, "left out without `lora_rank`: all weights are trained")
         elif self.pipeline_config is not None:
-            raise ValueError("`lora_rank` must be left out with `pipeline_config`: a new network has nothing to adapt.")
+            raise ValueError(
+                "`lora_rank` must be left out with `pipeline_config`: a new network has nothing to adapt."
+            )
 
     def _check_data(self) -> None:
         require(not self.streaming, "streaming", self.streaming, "False: captions and sizes are read beforehand")
@@ -133,7 +135,9 @@ class TextToImageConfig(NoiseConfig):
                 f"{self.instance_prompt!r}, {self.class_prompt!r} and {self.class_data_dir!r}."
             )
         if given and self.aspect_ratio_buckets:
-            raise ValueError("`aspect_ratio_buckets` must be False with `class_prompt`: images of the class are squares.")
+            raise ValueError(
+                "`aspect_ratio_buckets` must be False with `class_prompt`: images of the class are squares."
+            )
         require(self.num_class_images >= 1, "num_class_images", self.num_class_images, "an integer >= 1")
         require(self.prior_loss_weight > 0, "prior_loss_weight", self.prior_loss_weight, "a number > 0")
         for name in ("train_data_dir", "output_dir"):

@@ -1,4 +1,4 @@
-"""Images with captions, as text-to-image training reads them: in several sizes, with images of a class, encoded before."""
+"""Images with captions as text-to-image training reads them: of several sizes, beside images of a class, encoded."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -55,13 +54,15 @@ class TextPipeline:
         try:
             index: Any = DiffusionPipeline.load_config(name)
         except Exception as error:  # the libraries raise many kinds
-            raise ValueError(f"`{argument}` must be a Hub repo or a folder of a pipeline, got {name!r}: {error}") from None
+            raise ValueError(
+                f"`{argument}` must be a Hub repo or a folder of a pipeline, got {name!r}: {error}"
+            ) from None
         names = [n for n in NETWORKS if index.get(n, [None])[0] is not None]
         if not names:
-            parts = sorted(key for key in index if not key.startswith("_"))
+            found = sorted(key for key in index if not key.startswith("_"))
             raise ValueError(
                 f"`{argument}` must be a pipeline with a `transformer` or a `unet`, got {name!r}, a "
-                f"{index.get('_class_name')} of {parts}."
+                f"{index.get('_class_name')} of {found}."
             )
         self.network_name = names[0]
         parts: dict[str, Any] = {}

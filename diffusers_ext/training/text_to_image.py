@@ -1,7 +1,7 @@
 """The recipe of text-to-image pipelines: any that Diffusers loads, trained through its own call.
 
-The pipeline's `__call__` is the only definition of how its network is called (`PipelineDenoiser`); here stand the data,
-the noise, the loss and what is saved. Methods that change one part inherit this and override it.
+The pipeline's `__call__` is the only definition of how its network is called (`PipelineDenoiser`); here stand the
+data, the noise, the loss and what is saved. Methods that change one part inherit this and override it.
 """
 
 from __future__ import annotations
@@ -9,29 +9,26 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
-from diffusers_ext.data.cache import TensorCache, fingerprint
 from diffusers_ext.data.sources import load_images
-from diffusers_ext.generation.prompts import Conditions
 from diffusers_ext.hub.card import RepoCard
 from diffusers_ext.hub.repo import has_lora_format, save_lora_repo, save_repo
 
-from .lora import add_lora, check_loads_again, save_only_trained
 from .images import image_dataset
+from .lora import add_lora, check_loads_again, save_only_trained
 from .noise import NoiseStrategy, offset_noise
 from .objectives import Objective
 from .pipeline_schedule import is_flow, pipeline_objective, pipeline_timesteps
 from .prior import class_images
 from .recipe import Context, Modules, Recipe, Sample, StepOutput
 from .text_arguments import TextToImageConfig
+from .text_cache import PromptRecordings, cached_latents, quiet, say_about_length
 from .text_data import CaptionedImages, make_buckets
 from .text_model import SizedDenoiser, TextPipeline
 from .timesteps import Timesteps
@@ -44,7 +41,6 @@ ConfigT = TypeVar("ConfigT", bound=TextToImageConfig)
 Size = tuple[int, int]
 # Sample ids of class images, apart from those of the images themselves.
 CLASS_IDS = 2**48
-REMEMBERED = 256  # prompts whose recordings stay in memory
 COUPLED = (
     "Noise is assigned over samples of different prompts, which hides the prompt in the noise: expect weak prompts "
     "without guidance and good images with it, or assign within captions by noise_options '{\"within_labels\": true}'."
@@ -54,17 +50,6 @@ SNIPPET = """from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("{base}"){loading}
 image = pipeline({prompt}).images[0]
 image.save("sample.png")"""
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps Diffusers from warning of each prompt anew."""
-    before = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(before)
 
 
 class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
@@ -117,9 +102,9 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
         )
         if "prompt" not in inspect.signature(type(self.model.pipe).__call__).parameters:
             raise ValueError(
-                f"`{self.model.argument}` must be a text-to-image pipeline, got {type(self.model.pipe).__name__}, whose "
-                "call takes no `prompt`: models of images without text are trained by `immiscible`, with --noise "
-                "gaussian for plain noise."
+                f"`{self.model.argument}` must be a text-to-image pipeline, got {type(self.model.pipe).__name__}, "
+                "whose call takes no `prompt`: models of images without text are trained by `immiscible`, with "
+                "--noise gaussian for plain noise."
             )
         self.objective = pipeline_objective(self.model.pipe.scheduler, config.snr_gamma)
         multiple = self._check_resolution()
@@ -207,7 +192,11 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
             arguments = (config.num_class_images, config.train_batch_size, config.seed)
             with self._drawing():
                 class_images(
-                    self.model.pipe, str(config.class_prompt), str(config.class_data_dir), *arguments, **side,
+                    self.model.pipe,
+                    str(config.class_prompt),
+                    str(config.class_data_dir),
+                    *arguments,
+                    **side,
                     **config.call(),
                 )
         ctx.accelerator.wait_for_everyone()
@@ -223,64 +212,33 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
 
     def _encode_before(self, ctx: Context[ConfigT]) -> None:
         """Encodes prompts and images where asked, and frees the encoders."""
-        config, model = self.config, self.model
-        self._say_about_length()
-        folder = config.cache_dir or f"{config.output_dir}/cache"
+        config, model, accelerator = self.config, self.model, ctx.accelerator
+        say_about_length(model.pipe, self.data.prompts)
         extra = [config.class_prompt] if config.class_prompt is not None else []
-        self.prompts = {prompt: i for i, prompt in enumerate(["", *self.data.prompts, *extra])}
-        self.masked = self.denoiser.at().encode_prompts([self.data.prompts[0]]).masked
-        self.recordings: TensorCache | None = None
-        self._remembered: dict[str, Conditions] = {}
+        self.prompts = PromptRecordings(self.denoiser.at(), ["", *self.data.prompts, *extra])
         self.denoiser.at().check([self.data.prompts[0]])
         # Each size asks the pipeline once, while its encoders are there.
         scheduler, density = model.pipe.scheduler, config.timestep_sampling
         self.timesteps = {size: pipeline_timesteps(scheduler, density, self._mu(size)) for size in self.data.sizes}
-        encoders = [name for name in model.others() if name.startswith("text_encoder")]
-        kind = type(model.pipe).__name__
+        folder = config.cache_dir or f"{config.output_dir}/cache"
+        encoders = {name: module for name, module in model.others().items() if name.startswith("text_encoder")}
         if config.cache_prompts:
-            marks = {name: fingerprint(getattr(model.pipe, name)) for name in encoders}
-            texts = list(self.prompts)
-            identity = {"pipeline": kind, "call": json.dumps(self._call(), sort_keys=True), **marks, "prompts": texts}
-            self.recordings = TensorCache(folder, "prompts", identity, len(texts))
-            self.recordings.compute(
-                lambda rows: self.denoiser.at().encode_prompts([texts[i] for i in rows]).to_tensors(), ctx.accelerator
-            )
+            self.prompts.cache(folder, {"call": json.dumps(self._call(), sort_keys=True)}, encoders, accelerator)
             model.release(encoders)
         if config.cache_latents:
             vae = next(name for name in model.others() if name not in encoders)
-            identity = {"pipeline": kind, "autoencoder": fingerprint(getattr(model.pipe, vae))}
-            caches = [self._cache_latents(self.data.images, folder, "latents", identity, ctx)]
-            if self.data.classes is not None:
-                caches.append(self._cache_latents(self.data.classes, folder, "class-latents", identity, ctx))
-            self.data.latents, self.data.class_latents = caches[0], caches[-1]
-            model.release([vae])
-
-    def _cache_latents(
-        self, images: Any, folder: str, kind: str, identity: dict[str, Any], ctx: Context[ConfigT]
-    ) -> TensorCache:
-        sizes = images.sizes or [(images.resolution, images.resolution)] * len(images)
-        what = {**identity, "data": images.fingerprint, "sizes": [list(size) for size in sorted(set(sizes))]}
-        cache = TensorCache(folder, kind, what, len(images))
-        images.center_crop = True
-        differences = cache.differences() if self.config.cache_dir is not None else []
-        if differences:
-            raise ValueError(
-                f"`cache_dir` must hold latents of this model, data and size, or none, got {folder!r} with those of "
-                f"another {', '.join(differences)}."
+            cache = partial(
+                cached_latents,
+                denoiser=self.denoiser,
+                vae=getattr(model.pipe, vae),
+                batch=config.train_batch_size,
+                accelerator=accelerator,
             )
-
-        def encode(rows: Any) -> list[dict[str, torch.Tensor]]:
-            found: dict[int, torch.Tensor] = {}
-            for size in sorted({sizes[i] for i in rows}):
-                members = [i for i in rows if sizes[i] == size]
-                for first in range(0, len(members), self.config.train_batch_size):
-                    part = members[first : first + self.config.train_batch_size]
-                    pixels = torch.stack([images.get(i)["pixel_values"] for i in part]).to(self.device)
-                    found |= dict(zip(part, self.denoiser.at(size).encode_images(pixels).cpu(), strict=True))
-            return [{"latents": found[i]} for i in rows]
-
-        cache.compute(encode, ctx.accelerator)
-        return cache
+            given = config.cache_dir is not None
+            self.data.latents = cache(self.data.images, folder, "latents", refuse_others=given)
+            if self.data.classes is not None:
+                self.data.class_latents = cache(self.data.classes, folder, "class-latents", refuse_others=given)
+            model.release([vae])
 
     def _try_network(self) -> None:
         """Finds out whether a batch shares its timestep, and freezes parameters that the loss does not reach.
@@ -288,7 +246,7 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
         With several processes a parameter without gradient would spoil the others' from the first update on.
         """
         name, one = type(self.model.pipe).__name__, self.denoiser.at()
-        conditions = self._conditions([next((p for p in self.data.prompts if p.strip()), "")])
+        conditions = self.prompts([next((p for p in self.data.prompts if p.strip()), "")])
         self.one_timestep = one.one_timestep
         if self.one_timestep:
             logger.warning("%s takes one timestep a call: all samples of a micro-batch share one.", name)
@@ -300,22 +258,6 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
             raise ValueError(f"{name}: no parameter that is to be trained gets a gradient.")
         if unused:
             logger.warning("%d parameters get no gradient and stay as they are, first %s.", len(unused), unused[0])
-
-    def _say_about_length(self) -> None:
-        """Counts captions that a text encoder would cut."""
-        parts = self.model.pipe.components.items()
-        limits = {name: (t, getattr(t, "model_max_length", 0)) for name, t in parts if name.startswith("tokenizer")}
-        for name, (tokenizer, limit) in limits.items():
-            if tokenizer is None or not 0 < limit < 10**5:
-                continue
-            lengths = [len(ids) for ids in tokenizer(self.data.prompts, verbose=False)["input_ids"]]
-            long = sum(length > limit for length in lengths)
-            if long:
-                logger.warning(
-                    "%d of %d captions are longer than the %d tokens of %s, the longest has %d: the rest is cut where "
-                    "that encoder reads them.",
-                    *(long, len(lengths), limit, name, max(lengths)),
-                )
 
     @property
     def coupled(self) -> bool:
@@ -330,26 +272,11 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
         offset = self.config.noise_offset or getattr(self.noise, "offset", 0)
         if packed and offset:
             raise ValueError(
-                f"`noise_offset` must be 0 for {type(self.model.pipe).__name__}, got {offset!r}: its latents are packed "
-                "and have no channels of pixels."
+                f"`noise_offset` must be 0 for {type(self.model.pipe).__name__}, got {offset!r}: its latents are "
+                "packed and have no channels of pixels."
             )
 
     # -- training --------------------------------------------------------------------------------------------------
-
-    def _conditions(self, prompts: list[str]) -> Conditions:
-        """Returns what a batch is conditioned on, recorded before or now."""
-        for prompt in dict.fromkeys(prompts):
-            if prompt in self._remembered:
-                continue
-            if len(self._remembered) >= REMEMBERED:
-                self._remembered.pop(next(iter(self._remembered)))
-            if self.recordings is None:
-                with quiet():
-                    found = self.denoiser.at().encode_prompts([prompt])
-            else:
-                found = Conditions.from_tensors([prompt], [self.recordings[self.prompts[prompt]]], self.masked)
-            self._remembered[prompt] = found
-        return self.denoiser.at().join([self._remembered[prompt] for prompt in prompts])
 
     def encode(self, batch: dict[str, Any], ctx: Context[ConfigT]) -> Sample:
         """Brings a batch into the space in which the pipeline's loop steps.
@@ -377,8 +304,8 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
             prompts += [str(self.config.class_prompt)] * len(prompts)
             given += [str(self.config.class_prompt)] * len(given)
         x0 = torch.cat(parts)
-        labels = torch.tensor([self.prompts[prompt] for prompt in prompts], device=x0.device)
-        return Sample(x0, {"conditions": self._conditions(given), "size": (height, width)}, labels)
+        labels = torch.tensor([self.prompts.number[prompt] for prompt in prompts], device=x0.device)
+        return Sample(x0, {"conditions": self.prompts(given), "size": (height, width)}, labels)
 
     def draw_noise(self, sample: Sample, ids: list[int], ctx: Context[ConfigT]) -> torch.Tensor:
         """Draws the noise of a batch: the strategy's, then the offset on top."""
