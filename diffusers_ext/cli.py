@@ -24,6 +24,10 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="load the shipped models, show them at work and write pictures")
     demo.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="folder for the pictures")
+    page = commands.add_parser("app", help="serve the shipped models as a web page on this machine")
+    page.add_argument("--port", type=int, help="port of the page, by default the first free one from 7860")
+    page.add_argument("--oms_base", help="text-to-image pipeline for One More Step: folder or Hub repo")
+    page.add_argument("--oms_module", help="One More Step module for it")
     commands.add_parser("info", help="print the versions that a bug report needs, and the public names")
     for name, (text, *_) in SDA.items():
         commands.add_parser(name, help=text)  # for the list only: its own parser has the arguments
@@ -36,8 +40,23 @@ def main(argv: list[str] | None = None) -> None:
         from diffusers_ext.demo import run_demo
 
         run_demo(arguments.output_dir)
+    elif arguments.command == "app":
+        run_app(arguments)
     else:
         info()
+
+
+def run_app(arguments: argparse.Namespace) -> None:
+    """Serves the web page."""
+    try:
+        from diffusers_ext.app.app import serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise SystemExit("error: the page needs Gradio: pip install 'diffusers-ext[app]'") from error
+    if (arguments.oms_base is None) != (arguments.oms_module is None):
+        raise SystemExit("error: `--oms_base` and `--oms_module` must be given together")
+    serve(arguments.port, one_more_step={"base": arguments.oms_base, "module": arguments.oms_module})
 
 
 def run_sda(command: str, words: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,12 +11,14 @@ from PIL import Image
 
 import diffusers_ext
 
+from . import processes
+
 PICTURES = Path(diffusers_ext.__file__).parent.parent / "docs" / "pictures"
 DEMO = "import sys; from diffusers_ext.cli import main; main(sys.argv[1:])"
 
 
 def command(*words):
-    run = subprocess.run([sys.executable, "-c", DEMO, *words], capture_output=True, text=True, check=False)
+    run = processes.run([sys.executable, "-c", DEMO, *words], timeout=900)
     assert run.returncode == 0, run.stderr
     return run.stdout
 

@@ -2,10 +2,8 @@
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +34,7 @@ from diffusers_ext import (
 )
 from diffusers_ext.hub.repo import pipeline_code
 
+from . import processes
 from .hub.server import HubServer
 from .methods.oms.tiny import module as text_module
 from .methods.oms.tiny import pixel_module, stable_diffusion, stable_diffusion_xl, text_encoder, tokenizer
@@ -316,13 +315,8 @@ torch.save(found, sys.argv[2])
 
 
 def process(code, *arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        cwd=tempfile.gettempdir(),
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-c", code, *arguments]
+    return processes.run(command, cwd=tempfile.gettempdir(), env={**os.environ, **environment})
 
 
 def loadable_classes():
@@ -400,8 +394,7 @@ def matrix(tmp_path_factory):
         run = process(TOOLS + WAYS[way] + RUN, folder / "cases.pt", out, HF_HOME=str(home), HF_HUB_OFFLINE="1")
         return torch.load(out, weights_only=True) if run.returncode == 0 else run.stderr[-3000:]
 
-    with ThreadPoolExecutor(2) as pool:
-        return expected, dict(zip(WAYS, pool.map(attempt, WAYS), strict=True))
+    return expected, {way: attempt(way) for way in WAYS}
 
 
 def same(a, b):

@@ -16,10 +16,9 @@ from safetensors.torch import load_file
 
 from diffusers_ext import ImageGenerationPipeline, RepoCard, push_repo, save_repo
 from diffusers_ext.hub.card import fill_in_repo_id
+from tests import processes
 
 from .server import HubServer
-
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 def make(seed=0, num_class_embeds=None, **config):
@@ -179,13 +178,7 @@ torch.save({"out": out, "weights": pipe.unet.state_dict(), "class": type(pipe)._
 
 
 def run(code, argument, environment):
-    return subprocess.run(
-        [sys.executable, "-c", code, str(argument)],
-        env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    return processes.run([sys.executable, "-c", code, argument], env={**os.environ, **environment})
 
 
 def test_push_from_one_process_and_load_in_another(tmp_path):
@@ -204,7 +197,10 @@ def test_push_from_one_process_and_load_in_another(tmp_path):
         assert not [path for path in hub.repos["org/name"] if path.startswith("checkpoint")]
         assert len(hub.objects) >= 2  # weights and picture went through LFS
         assert b'from_pretrained("org/name")' in hub.repos["org/name"]["README.md"]
-        loaded = run(LOAD, tmp_path / "out.pt", hub.environment(tmp_path / "home2"))
+        # A new process, not a fork: all that it knows of the Hub it reads from its environment itself.
+        new = [sys.executable, "-c", LOAD, tmp_path / "out.pt"]
+        reader = {**os.environ, **hub.environment(tmp_path / "home2"), "OMP_NUM_THREADS": "1"}
+        loaded = subprocess.run(new, env=reader, cwd=processes.ROOT, capture_output=True, text=True, check=False)
         assert loaded.returncode == 0, loaded.stderr
         asked = len(hub.requests)
         offline = run(LOAD, tmp_path / "again.pt", {**hub.environment(tmp_path / "home2"), "HF_HUB_OFFLINE": "1"})

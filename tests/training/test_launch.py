@@ -14,6 +14,7 @@ from accelerate.commands.config import load_config_from_file
 from accelerate.utils import DistributedType
 
 from diffusers_ext.data.digits import DIGITS
+from tests import processes
 from tests.hub.server import HubServer
 
 from .tiny import UNET, run, weights, write_data
@@ -62,13 +63,14 @@ def environment(**extra):
 
 
 def execute(command, **extra):
+    return processes.run(command, env=environment(**extra))
+
+
+def launch(command, **extra):
+    """Runs a launcher as it is, with processes that are new and start with the variables it sets."""
+    command = [str(word) for word in command]
     return subprocess.run(
-        [str(word) for word in command],
-        cwd=ROOT,
-        env=environment(**extra),
-        capture_output=True,
-        text=True,
-        timeout=240,
+        command, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=240, check=False
     )
 
 
@@ -89,7 +91,7 @@ def assert_equal(first, second):
 
 def test_accelerate_launch_leaves_a_complete_repo(tmp_path):
     config = write_config(tmp_path, checkpointing_steps=2)
-    result = execute([*LAUNCH, "--cpu", "--num_processes", "1", SCRIPT, "--config", config])
+    result = launch([*LAUNCH, "--cpu", "--num_processes", "1", SCRIPT, "--config", config])
     assert result.returncode == 0, result.stderr
     out = tmp_path / "out"
     index = json.loads((out / "model_index.json").read_text())
@@ -111,15 +113,19 @@ def test_sigterm_to_torchrun_saves_on_both_ranks_and_the_same_command_resumes(tm
     def command(folder):
         folder.mkdir()
         config = write_config(folder, max_train_steps=40, lr_scheduler="cosine", lr_warmup_steps=4)
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        return [*torchrun, SCRIPT, "--config", str(config)]
+        return [SCRIPT, "--config", str(config)]
 
-    whole = execute(command(tmp_path / "whole"))
-    assert whole.returncode == 0, whole.stderr
+    def two(command):
+        """The two processes that torchrun starts, without it."""
+        for result in processes.run_ranks([sys.executable, *command], 2, env=environment()):
+            assert result.returncode == 0, result.stderr
+
+    two(command(tmp_path / "whole"))
 
     stopped = command(tmp_path / "stopped")
     out = tmp_path / "stopped" / "out"
-    agent = subprocess.Popen(stopped, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    agent = subprocess.Popen([*torchrun, *stopped], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     log = out / "metrics.jsonl"
     deadline = time.time() + 120
     while not (log.is_file() and log.read_text()) and time.time() < deadline and agent.poll() is None:
@@ -134,8 +140,7 @@ def test_sigterm_to_torchrun_saves_on_both_ranks_and_the_same_command_resumes(tm
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= {p.name for p in checkpoint.iterdir()}  # both ranks saved
     assert not (out / "model_index.json").exists()
 
-    resumed = execute(stopped)
-    assert resumed.returncode == 0, resumed.stderr
+    two(stopped)
     assert json.loads((out / "checkpoint-40" / "manifest.json").read_text())["world"] == 2
     assert_equal(weights(out), weights(tmp_path / "whole" / "out"))
     losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -220,29 +225,21 @@ Trainer(config, ImmiscibleRecipe(config), [Report()]).train()
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", KINDS)
 def test_shipped_configurations_train_checkpoint_resume_and_save(tmp_path, name):
-    processes = min(2, torch.cuda.device_count())
-    if name == "ddp" and processes < 2:
+    count = min(2, torch.cuda.device_count())
+    if name == "ddp" and count < 2:
         pytest.skip("needs two CUDA devices: with one, accelerate makes no process group")
     if name == "deepspeed_zero2":
         pytest.importorskip("deepspeed")
     config = write_config(tmp_path, checkpointing_steps=2)
     (tmp_path / "inside.py").write_text(INSIDE)
-    launch = [
-        *LAUNCH,
-        "--config_file",
-        CONFIGS / f"{name}.yaml",
-        "--num_processes",
-        processes,
-        "--main_process_port",
-        0,
-    ]
-    command = [*launch, tmp_path / "inside.py", "--config", config]
+    options = ["--config_file", CONFIGS / f"{name}.yaml", "--num_processes", count, "--main_process_port", 0]
+    command = [*LAUNCH, *options, tmp_path / "inside.py", "--config", config]
     gpu = {"ACCELERATE_USE_CPU": "false", "PYTHONPATH": str(ROOT)}
     for steps, start in ((2, 0), (4, 2)):
-        result = execute([*command, "--max_train_steps", steps], **gpu)
+        result = launch([*command, "--max_train_steps", steps], **gpu)
         assert result.returncode == 0, result.stderr
-        assert f"KIND {KINDS[name].value} {processes} {start}\n" in result.stdout
-    assert json.loads((tmp_path / "out" / "checkpoint-4" / "manifest.json").read_text())["world"] == processes
+        assert f"KIND {KINDS[name].value} {count} {start}\n" in result.stdout
+    assert json.loads((tmp_path / "out" / "checkpoint-4" / "manifest.json").read_text())["world"] == count
     assert_equal(loaded_elsewhere(str(tmp_path / "out"), tmp_path, **gpu), weights(tmp_path / "out"))
 
 

@@ -1,7 +1,6 @@
 """A stopped run and its resume equal the run that was never stopped, bit for bit."""
 
 import json
-import subprocess
 import sys
 import textwrap
 import warnings
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from diffusers_ext.training.checkpoint import CheckpointError
+from tests import processes
 
 from .tiny import Record, run, weights, write_data
 
@@ -64,7 +64,7 @@ def test_kill_during_a_save_leaves_the_previous_checkpoint(data, tmp_path, unint
         run({str(data)!r}, {str(tmp_path)!r}, max_train_steps={STEPS}, random_flip=True, lr_scheduler="cosine",
             checkpointing_steps=6)
     """
-    process = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    process = processes.run([sys.executable, "-c", textwrap.dedent(script)])
     assert process.returncode == -9, process.stderr
     assert (tmp_path / "checkpoint-12.tmp").is_dir()
     _, record, _ = run(
@@ -101,6 +101,7 @@ def test_rotation_keeps_the_newest(data, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")
 def test_refuses_a_checkpoint_of_another_model(data, tmp_path):
     run(data, tmp_path, max_train_steps=2)
     other = {**json.loads((data / "unet.json").read_text()), "block_out_channels": [4, 4]}
@@ -143,14 +144,16 @@ def test_the_command_line_run_survives_sigterm(data, tmp_path, uninterrupted):
     (tmp_path / "run.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
     script = ["training/train_immiscible.py", *arguments]
-    child = subprocess.Popen([sys.executable, *script], stderr=subprocess.DEVNULL)
+    child = processes.Popen([sys.executable, *script])
     log = tmp_path / "out" / "metrics.jsonl"
     deadline = time.time() + 120
     while not (log.is_file() and log.read_text()) and time.time() < deadline:
         time.sleep(0.01)
     child.send_signal(signal.SIGTERM)
-    assert child.wait(60) == 0
-    subprocess.run([*command, *script], check=True, capture_output=True, text=True)
+    _, errors = child.communicate(60)
+    assert child.returncode == 0, errors
+    resumed = processes.run([*command, *script])
+    assert resumed.returncode == 0, resumed.stderr
     losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
     assert_same(tmp_path / "out", losses, uninterrupted)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -39,11 +38,9 @@ from diffusers_ext import (
 )
 from diffusers_ext.methods.domain_studio.unconditional import UnconditionalModel
 from diffusers_ext.training.prior import class_images
+from tests import processes
 from tests.methods.oms.tiny import stable_diffusion
 from tests.training.tiny import UNET, Record
-
-ROOT = Path(__file__).resolve().parents[3]
-
 
 SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 
@@ -289,8 +286,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(folder, tmp_path):
 def test_the_script_makes_a_repo(folder, tmp_path):
     arguments = {k: v for k, v in config(folder, tmp_path).to_dict().items() if v is not None}
     (tmp_path / "arguments.json").write_text(json.dumps(arguments))
-    command = [sys.executable, "training/train_domain_studio.py", "--config", str(tmp_path / "arguments.json")]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    run = processes.run([sys.executable, "training/train_domain_studio.py", "--config", tmp_path / "arguments.json"])
     assert run.returncode == 0, run.stderr
     pipeline = DiffusionPipeline.from_pretrained(tmp_path)
     assert isinstance(pipeline, ImageGenerationPipeline)

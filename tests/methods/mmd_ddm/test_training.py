@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,9 +22,8 @@ from diffusers_ext import (
     replayed_loss,
     save_repo,
 )
+from tests import processes
 from tests.training.tiny import UNET, Record
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def network(**options):
@@ -125,11 +123,9 @@ def test_two_processes_share_a_batch_and_get_its_gradient(folder, tmp_path, micr
     values = config(folder, tmp_path / "two", **common, train_batch_size=4, micro_batch_size=micro).to_dict()
     path = tmp_path / "arguments.json"
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, "training/train_mmd_ddm.py", "--config", str(path)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+    command = [sys.executable, "training/train_mmd_ddm.py", "--config", path]
+    for rank in processes.run_ranks(command, 2, env={**os.environ, "ACCELERATE_USE_CPU": "true"}):
+        assert rank.returncode == 0, rank.stderr
     lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in lines] == pytest.approx(expected, rel=1e-4)
     before, a, b = weights(folder / "base"), weights(tmp_path / "one"), weights(tmp_path / "two")
@@ -239,8 +235,7 @@ def test_the_script_makes_a_repo_that_remembers_its_steps(folder, tmp_path):
     arguments = {**config(folder, tmp_path).to_dict(), "max_train_steps": 1}
     path = tmp_path / "arguments.json"
     path.write_text(json.dumps({k: v for k, v in arguments.items() if v is not None}))
-    command = [sys.executable, "training/train_mmd_ddm.py", "--config", str(path)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    run = processes.run([sys.executable, "training/train_mmd_ddm.py", "--config", path])
     assert run.returncode == 0, run.stderr
     pipeline = DiffusionPipeline.from_pretrained(tmp_path)
     assert list(pipeline.config["tuned_timesteps"]) == [666, 333, 0]
@@ -251,8 +246,9 @@ def test_the_script_makes_a_repo_that_remembers_its_steps(folder, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "num_inference_steps=3" in card
     assert "2301.07969" in card
-    command = [sys.executable, "-c", LOAD, str(tmp_path)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    loaded = processes.run([sys.executable, "-c", LOAD, tmp_path])
+    assert loaded.returncode == 0, loaded.stderr
+    lines = loaded.stdout.splitlines()
     assert lines[:2] == ["3", "3"]
     assert lines[2].startswith("7 this model was tuned for num_inference_steps=3")
     assert lines[3].startswith(

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from diffusers_ext import OMSPipeline, OMSUNet2DConditionModel, save_repo
+from tests import processes
 from tests.hub.server import HubServer
 from tests.test_loading import align
 
@@ -278,11 +278,12 @@ def test_from_the_hub_and_its_cache(tmp_path):
         serve(hub, "org/encoders", encoders)
         serve(hub, "org/sdxl", sdxl)
         serve(hub, "org/ours", ours)
-        environment = {**os.environ, **hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **hub.environment(tmp_path / "home")}
 
         def load(mode):
-            command = [sys.executable, "-c", LOAD, str(tmp_path / "base"), str(tmp_path / mode), mode]
-            run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            run = processes.run(
+                [sys.executable, "-c", LOAD, tmp_path / "base", tmp_path / mode, mode], env=environment
+            )
             assert run.returncode == 0, run.stderr[-3000:]
             return torch.load(tmp_path / mode, weights_only=True)
 

@@ -28,6 +28,11 @@ from diffusers_ext import oms_step, start_latents, start_level
 
 from .gaussian import ALPHAS, STABLE_DIFFUSION, make
 
+# LMSDiscreteScheduler gives tensors to NumPy at every step of its integrals.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array_wrap__ must accept context and return_scalar arguments:DeprecationWarning"
+)
+
 PRESERVING = [
     DDIMScheduler,
     PNDMScheduler,

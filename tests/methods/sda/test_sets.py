@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -37,6 +35,7 @@ from diffusers_ext import (
 )
 from diffusers_ext.cli import main
 from diffusers_ext.methods.sda.shards import ImageShards
+from tests import processes
 
 from .tiny import unet
 
@@ -77,8 +76,8 @@ def digests(path):
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def launch(folder, *commands, processes=1):
-    """Starts the command line in processes of its own, one command after the other."""
+def script_of(folder, *commands):
+    """Writes a script that runs the command line, one command after the other."""
     script = folder / "commands.py"
     script.write_text(
         "from accelerate import PartialState\nfrom diffusers_ext.methods.sda.shards import ImageShards\n"
@@ -87,12 +86,7 @@ def launch(folder, *commands, processes=1):
         "    write(self, shard, rows)\n\n\nImageShards._write = noted\n"
         f"for words in {list(commands)}:\n    main(words)\n"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29641"]
-    return subprocess.Popen(
-        [sys.executable, *(torchrun if processes > 1 else []), str(script)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    return script
 
 
 def words(command, config, *names):
@@ -122,9 +116,10 @@ def test_an_image_is_what_the_pipeline_draws_from_its_seed(folder):
 def test_two_processes_make_the_same_sets(folder):
     drawn, config = generation(folder, folder / "two"), alignment(folder, folder / "aligned-two")
     names = ("pretrained_model_name_or_path", "train_data_dir", "batch_size", *ALIGNMENT, "output_dir")
-    run = launch(folder, words("generate", drawn, *GENERATION), words("align", config, *names), processes=2)
-    said, errors = run.communicate()
-    assert run.returncode == 0, errors
+    script = script_of(folder, words("generate", drawn, *GENERATION), words("align", config, *names))
+    ranks = processes.run_ranks([sys.executable, script], 2)
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
+    said = "".join(rank.stdout for rank in ranks)
     # Four shards drawn and three aligned, each by one process.
     assert sorted(re.findall(r"process \d made \d", said)) == [
         f"process {shard % 2} made {shard}" for shard in (0, 0, 2, 2, 1, 1, 3)
@@ -137,7 +132,7 @@ def test_killed_and_started_again_it_is_the_same_and_nothing_is_redone(folder):
     reference = generation(folder, folder / "long", images_per_class=20, num_inference_steps=10)
     generate(reference)
     config = generation(folder, folder / "killed", images_per_class=20, num_inference_steps=10)
-    process = launch(folder, words("generate", config, *GENERATION))
+    process = processes.Popen([sys.executable, script_of(folder, words("generate", config, *GENERATION))])
     deadline = time.monotonic() + 60
     while len(digests(folder / "killed")) < 3 and time.monotonic() < deadline:
         time.sleep(0.005)
