@@ -25,7 +25,7 @@ from .card import RepoCard, default_snippet, fill_in_repo_id
 
 __all__ = ["has_lora_format", "pipeline_code", "push_repo", "save_lora_repo", "save_repo", "write_lora"]
 
-IGNORED = ["checkpoint-*", "checkpoint-*/**", "*.tmp", "*.tmp/**", "logs/**", "samples/**", "precomputed-*/**"]
+IGNORED = ["checkpoint-*", "checkpoint-*/**", "*.tmp", "*.tmp/**", "logs/**", "samples/**", "cache/**", "precomputed-*/**"]
 
 CODE = '''"""Loads {name} from the package `diffusers-ext`."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Iterable
 from typing import Any
@@ -149,6 +150,13 @@ class SizedDenoiser(nn.Module):
         super().__init__()
         self._sized = {size: PipelineDenoiser(pipe, *size, **call) for size in sizes}
         self.denoiser: Any = self.at().denoiser
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SizedDenoiser:
+        """Copies the network alone: a copy holds weights, and is not called."""
+        twin = SizedDenoiser.__new__(SizedDenoiser)
+        nn.Module.__init__(twin)
+        twin._sized, twin.denoiser = {}, copy.deepcopy(self.denoiser, memo)
+        return twin
 
     def at(self, size: Size | None = None) -> PipelineDenoiser:
         """Returns the denoiser of a size, by default of the first."""

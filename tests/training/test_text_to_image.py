@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 from collections import Counter
@@ -25,7 +24,7 @@ from diffusers_ext.training.lora import adapters_off
 from diffusers_ext.training.pipeline_schedule import pipeline_objective, sampling_shift
 from diffusers_ext.training.recipe import Context
 from diffusers_ext.training.timesteps import ShiftedNoiseLevels
-from tests import tiny_pipelines
+from tests import processes, tiny_pipelines
 from tests.training.test_distributed import two_process_state
 from tests.training.tiny import Record
 
@@ -147,7 +146,7 @@ def test_lora_is_found_by_the_stock_loader_in_another_process(root, tmp_path):
             images = pipe("a dog", height=32, width=32, num_inference_steps=2, generator=generator, output_type="pt")
             torch.save(images.images, folder + "/drawn.pt")
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    done = processes.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for i, images in enumerate(expected):
         assert torch.equal(torch.load(tmp_path / str(i) / "drawn.pt"), images)
@@ -249,7 +248,7 @@ def test_a_scheduler_that_steps_in_noise_levels_is_trained_on_its_betas():
 # -- promises of the engine ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", "bf16", pytest.param("fp16", marks=pytest.mark.gpu)])
 def test_resumed_lora_is_bit_equal(root, tmp_path, precision):
     common = {"mixed_precision": precision, "max_train_steps": 4, "random_flip": True}
     _, whole = run(root, tmp_path / "whole", **common)
@@ -328,7 +327,9 @@ def test_two_processes_equal_one(root, tmp_path):
 
 def test_a_pipeline_from_scratch_is_saved_whole(root, tmp_path):
     changes = {"pretrained_model_name_or_path": None, "pipeline_config": str(root / "z_image"), "lora_rank": None}
-    recipe, _ = run(root, tmp_path, mixed_precision="bf16", use_ema=False, noise="assignment", **changes)
+    changes |= {"mixed_precision": "bf16", "use_ema": False, "noise": "assignment", "num_validation_images": 2}
+    recipe, _ = run(root, tmp_path, **changes)
+    assert (tmp_path / "sample.png").is_file()  # drawn in mixed precision
     saved, source = DiffusionPipeline.from_pretrained(tmp_path), DiffusionPipeline.from_pretrained(root / "z_image")
     for name in recipe.model.others():
         a, b = getattr(saved, name).state_dict(), getattr(source, name).state_dict()
