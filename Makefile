@@ -1,6 +1,8 @@
-# make demo   sets up and shows the shipped model at work
-# make test   sets up and runs the tests
-# make docs   builds the documentation into site/
+# make demo    sets up and shows the shipped model at work
+# make test    sets up and runs the tests
+# make docs    builds the documentation into site/
+# make dist    builds and checks the wheel and the source archive
+# make floors  runs fast tests with the oldest versions that pyproject.toml allows
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +13,7 @@ TORCH ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test lint types docs check experiments clean
+.PHONY: demo test lint types docs check experiments dist floors clean
 
 demo: $(VENV)/.ready
 	$(BIN)/diffusers-ext demo
@@ -34,8 +36,25 @@ check: lint types docs test
 experiments: $(VENV)/.ready-dev
 	$(BIN)/python -m pip install --progress-bar on -e ".[experiments]"
 
+dist: $(VENV)/.ready-dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+
+# Of one process each: what needs many is no question of versions.
+FLOOR_TESTS = tests/data tests/generation tests/metrics tests/methods/immiscible tests/methods/oms/test_step.py \
+	tests/methods/mmd_ddm/test_chain.py tests/methods/domain_studio/test_losses.py tests/training/test_arguments.py \
+	tests/training/test_loop.py tests/training/test_folder.py tests/training/test_optimizers.py
+
+floors:
+	test -x .venv-floors/bin/python || $(PYTHON) -m venv .venv-floors
+	.venv-floors/bin/python -m pip install --disable-pip-version-check uv
+	.venv-floors/bin/uv pip install --python .venv-floors/bin/python --resolution lowest-direct \
+		-e ".[lora,metrics,optimizers,experiments]" --group dev
+	.venv-floors/bin/python -m pytest $(FLOOR_TESTS)
+
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-floors build dist site .pytest_cache .ruff_cache
 
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -5,49 +5,57 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 __all__ = ["main"]
 
-# Commands of SDA test-time adaptation: help, class of the arguments, function.
-SDA = {
-    "generate": ("make a labelled synthetic set with a diffusion pipeline", "GenerateConfig", "generate"),
-    "align": ("take a labelled set through a diffusion model", "AlignSetConfig", "align_set"),
-    "evaluate": ("measure an SDATTAPipeline on clean and corrupted images", "EvaluateConfig", "evaluate"),
-}
-
 
 def main(argv: list[str] | None = None) -> None:
-    """Parses the command line and runs the chosen command."""
-    parser = argparse.ArgumentParser(prog="diffusers-ext", description="Diffusion papers as Diffusers components.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="load the shipped models, show them at work and write pictures")
-    demo.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="folder for the pictures")
-    page = commands.add_parser("app", help="serve the shipped models as a web page on this machine")
-    page.add_argument("--port", type=int, help="port of the page, by default the first free one from 7860")
-    page.add_argument("--oms_base", help="text-to-image pipeline for One More Step: folder or Hub repo")
-    page.add_argument("--oms_module", help="One More Step module for it")
-    commands.add_parser("info", help="print the versions that a bug report needs, and the public names")
-    for name, (text, *_) in SDA.items():
-        commands.add_parser(name, help=text)  # for the list only: its own parser has the arguments
+    """Runs the command that the first word names, with the words behind it."""
     words = sys.argv[1:] if argv is None else argv
-    if words and words[0] in SDA:
-        run_sda(words[0], words[1:])
-        return
+    parser = argparse.ArgumentParser(
+        prog="diffusers-ext",
+        description="Diffusion papers as Diffusers components.",
+        epilog="diffusers-ext COMMAND --help says more of a command.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    for name, (text, _) in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)  # for the list: each command parses its own words
+    COMMANDS[parser.parse_args(words[:1]).command][1](words[1:])
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    text = COMMANDS[command][0]
+    return argparse.ArgumentParser(
+        prog=f"diffusers-ext {command}",
+        description=f"{text[0].upper()}{text[1:]}.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+
+def demo(words: list[str]) -> None:
+    """Shows the shipped models at work."""
+    from diffusers_ext.demo import PANELS, run_demo
+
+    parser = _parser("demo")
+    parser.add_argument("panels", nargs="*", metavar="PANEL", help=f"some of {', '.join(PANELS)}; by default all")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="folder for the pictures")
     arguments = parser.parse_args(words)
-    if arguments.command == "demo":
-        from diffusers_ext.demo import run_demo
-
-        run_demo(arguments.output_dir)
-    elif arguments.command == "app":
-        run_app(arguments)
-    else:
-        info()
+    unknown = [name for name in arguments.panels if name not in PANELS]
+    if unknown:
+        parser.error(f"PANEL must be one of {PANELS}, got {unknown[0]!r}")
+    run_demo(arguments.output_dir, arguments.panels or PANELS)
 
 
-def run_app(arguments: argparse.Namespace) -> None:
+def app(words: list[str]) -> None:
     """Serves the web page."""
+    parser = _parser("app")
+    parser.add_argument("--port", type=int, help="port of the page, by default the first free one from 7860")
+    parser.add_argument("--oms_base", help="text-to-image pipeline for One More Step: folder or Hub repo")
+    parser.add_argument("--oms_module", help="One More Step module for it")
+    arguments = parser.parse_args(words)
     try:
         from diffusers_ext.app.app import serve
     except ModuleNotFoundError as error:
@@ -59,25 +67,32 @@ def run_app(arguments: argparse.Namespace) -> None:
     serve(arguments.port, one_more_step={"base": arguments.oms_base, "module": arguments.oms_module})
 
 
-def run_sda(command: str, words: list[str]) -> None:
-    """Runs a command of SDA; a wrong argument ends it with one line that says which."""
-    import diffusers_ext
+def train(words: list[str]) -> None:
+    """Trains a method."""
+    from diffusers_ext.train import main as run
 
-    _, config, function = SDA[command]
-    sys.argv[0] = f"diffusers-ext {command}"  # what the parser calls the program
-    try:
-        result = getattr(diffusers_ext, function)(diffusers_ext.parse_config(getattr(diffusers_ext, config), words))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
-    if command != "evaluate":
-        print(result)
+    run(words, "diffusers-ext train")
+
+
+def config(words: list[str]) -> None:
+    """Prints the path of a shipped configuration, or lists them."""
+    from diffusers_ext.training.shipped import shipped_configs
+
+    shipped = shipped_configs()
+    parser = _parser("config")
+    parser.add_argument("name", nargs="?", choices=shipped, metavar="NAME", help=f"one of {', '.join(shipped)}")
+    name = parser.parse_args(words).name
+    if name is not None:
+        print(shipped[name])
         return
-    for method, accuracy in result["accuracy"].items():
-        print(f"{method}: clean {accuracy['clean']:.1f} %, mean over corruptions {accuracy['mean']:.1f} %")
+    for found, path in shipped.items():
+        first = path.read_text().splitlines()[0]
+        print(f"{found:16} {first.lstrip('# ') if first.startswith('#') else 'Arguments of a `UNet2DModel`.'}")
 
 
-def info() -> None:
+def info(words: list[str]) -> None:
     """Prints versions and public names."""
+    _parser("info").parse_args(words)
     import torch
 
     import diffusers_ext
@@ -88,3 +103,38 @@ def info() -> None:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "none"
     print(f"  accelerator: {accelerator}")
     print("public names:", ", ".join(sorted(diffusers_ext.__all__)))
+
+
+def _sda(command: str, config_name: str) -> Callable[[list[str]], None]:
+    """Makes a command of SDA test-time adaptation; a wrong argument ends it with one line that says which."""
+
+    def run(words: list[str]) -> None:
+        import diffusers_ext
+
+        config_class, prog = getattr(diffusers_ext, config_name), f"diffusers-ext {command}"
+        text = COMMANDS[command][0]
+        try:
+            arguments = diffusers_ext.parse_config(config_class, words, prog=prog, description=f"SDA: {text}.")
+            result = getattr(diffusers_ext, command.replace("align", "align_set"))(arguments)
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from error
+        if command != "evaluate":
+            print(result)
+            return
+        for method, accuracy in result["accuracy"].items():
+            print(f"{method}: clean {accuracy['clean']:.1f} %, mean over corruptions {accuracy['mean']:.1f} %")
+
+    return run
+
+
+# Name -> one line for the list, and what takes the words behind it.
+COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
+    "demo": ("load the shipped models, show them at work and write pictures", demo),
+    "app": ("serve the shipped models as a web page on this machine", app),
+    "train": ("train a method", train),
+    "config": ("list the shipped configurations, or print the path of one", config),
+    "generate": ("make a labelled synthetic set with a diffusion pipeline", _sda("generate", "GenerateConfig")),
+    "align": ("take a labelled set through a diffusion model", _sda("align", "AlignSetConfig")),
+    "evaluate": ("measure an SDATTAPipeline on clean and corrupted images", _sda("evaluate", "EvaluateConfig")),
+    "info": ("print the versions that a bug report needs, and the public names", info),
+}

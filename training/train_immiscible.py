@@ -2,7 +2,7 @@
 
 Text-to-image pipelines are trained by train_text_to_image.py, which takes the same noise: --noise assignment or knn.
 
-accelerate launch training/train_immiscible.py --config training/configs/digits.yaml --train_data_dir FOLDER
+accelerate launch training/train_immiscible.py --config digits --train_data_dir FOLDER
 """
 
 from diffusers_ext import ImmiscibleRecipe, run_training

@@ -129,7 +129,7 @@ def write_data(data):
         digits = load_digits()
         np.savez(path, images=(digits.images / 16).astype(np.float32), labels=digits.target)
     else:
-        raise SystemExit(f"{path} is missing; make it with: python training/data/make_digits.py")
+        raise SystemExit(f"{path} is missing; make it with: python -m diffusers_ext.data.make_digits")
 
 
 def reference_features(data, path):

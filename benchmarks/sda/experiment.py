@@ -1,7 +1,7 @@
 """Does test-time adaptation by a diffusion model help a digit classifier against the corruptions of ImageNet-C?
 
-    python training/data/make_digits.py
-    train="python training/train_immiscible.py --config training/configs/sda_digits.yaml"
+    python -m diffusers_ext.data.make_digits
+    train="diffusers-ext train immiscible --config sda_digits"
     $train --output_dir runs/sda/unconditional
     $train --output_dir runs/sda/conditional --class_conditional
     python -m benchmarks.sda.experiment     # about twenty minutes on one core

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 __all__ = ["PANELS", "run_demo"]
@@ -15,10 +16,10 @@ __all__ = ["PANELS", "run_demo"]
 PANELS = ["image_generation", "mmd_ddm", "noise_diffusion", "one_more_step", "sda"]  # named as file and function
 
 
-def run_demo(output_dir: Path) -> None:
-    """Runs every panel and says where its picture is."""
+def run_demo(output_dir: Path, panels: Sequence[str] = PANELS) -> None:
+    """Runs panels and says where their pictures are."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    for name in PANELS:
+    for name in panels:
         start = time.perf_counter()
         path = getattr(importlib.import_module(f"{__name__}.{name}"), name)(output_dir)
         print(f"{path}  ({time.perf_counter() - start:.0f} s)")

@@ -2,23 +2,72 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import difflib
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
+
+from .config import GROUPS
+from .shipped import find_config
 
 __all__ = ["parse_config"]
 
 ConfigT = TypeVar("ConfigT")
 
 
-def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
-    """Makes a configuration from the command line and, with `--config FILE`, from a YAML or JSON file.
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """One spelling of each argument, and defaults where there are any."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        name = max(action.option_strings[:2], key=lambda option: option.startswith("--"))
+        kind = getattr(action.type, "__name__", "value").strip("<>").replace("lambda", "value")
+        return name if action.nargs in (0, "?") else f"{name} {self._format_args(action, kind)}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if isinstance(action, argparse._StoreFalseAction):
+            return f"Turn --{action.dest} off."
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
+
+
+class _Parser(HfArgumentParser):
+    """Says what is wrong in one line; the usage of fifty arguments would hide it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
+
+
+def _grouped(config_class: Any) -> list[type]:
+    """Splits the fields into one dataclass for each group, which is how the parser takes groups."""
+    hints, groups = get_type_hints(config_class), {name: [] for name in GROUPS}
+    for own in dataclasses.fields(config_class):
+        # A recipe that changes a default says nothing of the group: that is for the class that declares it first.
+        first = next(c for c in reversed(config_class.__mro__) if own.name in getattr(c, "__dataclass_fields__", {}))
+        group = first.__dataclass_fields__[own.name].metadata.get("group", "method")
+        copied = dataclasses.field(default=own.default, metadata={"help": own.metadata.get("help")})
+        groups[group].append((own.name, hints[own.name], copied))
+    return [
+        dataclasses.make_dataclass("Group", found, namespace={"_argument_group_name": name})
+        for name, found in groups.items()
+        if found
+    ]
+
+
+def parse_config(
+    config_class: type[ConfigT],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    description: str | None = None,
+) -> ConfigT:
+    """Makes a configuration from the command line and, with `--config`, from a YAML or JSON file.
 
     The file's entries are turned into command-line words in front of the user's own: they pass the same checks, and
     the command line wins.
@@ -26,6 +75,8 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None = None)
     Args:
         config_class: a dataclass such as `TrainConfig`.
         argv: the words, by default `sys.argv[1:]`.
+        prog: what the help calls the program, by default the script.
+        description: what it does, for the help.
 
     Returns:
         An instance of `config_class`.
@@ -35,8 +86,20 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None = None)
         SystemExit: argparse refused a word (its message is on standard error).
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(config_class, allow_abbrev=False)  # type: ignore[arg-type]
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of arguments; the command line wins.")
+    usage = "%(prog)s [--config NAME_OR_FILE] [--ARGUMENT VALUE ...]"
+    parser = _Parser(
+        _grouped(config_class),  # type: ignore[arg-type]
+        allow_abbrev=False,
+        prog=prog,
+        usage=usage,
+        description=description,
+        formatter_class=partial(_Help, max_help_position=32),  # type: ignore[arg-type]
+    )
+    parser.add_argument(
+        "--config",
+        help="YAML or JSON file of arguments, or the name of a shipped one (`diffusers-ext config` lists them); the "
+        "command line wins.",
+    )
     for position, word in enumerate(words):
         if word == "--config" or word.startswith("--config="):
             inline = "=" in word
@@ -44,7 +107,7 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None = None)
                 parser.error("argument --config: expected one argument")
             path = word.split("=", 1)[1] if inline else words[position + 1]
             try:
-                entries = _file_words(parser, Path(path))
+                entries = _file_words(parser, find_config("config", path))
             except ValueError as error:
                 if argv is None:
                     parser.error(str(error))
@@ -74,8 +137,6 @@ def _nearest(parser: HfArgumentParser, word: str) -> str:
 
 
 def _file_words(parser: HfArgumentParser, path: Path) -> list[str]:
-    if not path.is_file():
-        raise ValueError(f"`config` must be an existing YAML or JSON file, got {str(path)!r}.")
     try:
         text = path.read_text()
         entries: Any = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)

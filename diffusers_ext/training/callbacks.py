@@ -84,7 +84,7 @@ def image_grid(images: list[Image.Image]) -> Image.Image:
 
 
 class ProgressBar(Callback):
-    """A bar with loss, learning rate, images per second and time left, on the main process."""
+    """A bar with loss, learning rate, samples per second and time left, on the main process."""
 
     def on_start(self, trainer: Run) -> None:
         self.bar = tqdm(
@@ -100,7 +100,9 @@ class ProgressBar(Callback):
 
     def on_log(self, trainer: Run, logs: dict[str, float]) -> None:
         self.bar.set_postfix_str(
-            f"loss {logs['loss']:.4f}, lr {logs['lr']:.2e}, {logs['images_per_second']:.0f} images/s", refresh=False
+            f"loss {logs['loss']:.4f}, lr {logs['lr']:.2e}, "
+            f"{logs['samples_per_second']:.0f} {trainer.recipe.sample_name}/s",
+            refresh=False,
         )
 
     def on_end(self, trainer: Run) -> None:

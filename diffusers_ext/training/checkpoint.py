@@ -15,13 +15,22 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-__all__ = ["CheckpointError", "find_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "CheckpointError",
+    "DamagedCheckpointError",
+    "find_checkpoint",
+    "load_checkpoint",
+    "save_checkpoint",
+    "set_aside",
+    "whole_checkpoints",
+]
 
 MANIFEST = "manifest.json"
 STATE = "engine_state.pt"
 # Arguments that may change at a resume without any effect on the weights.
 UNRELATED = {
-    *("output_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "logging_steps"),
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "checkpointing_steps"),
+    *("checkpoints_total_limit", "logging_steps"),
     *("validation_steps", "num_validation_images", "validation_inference_steps", "report_to"),
     *("tracker_project_name", "push_to_hub", "hub_model_id", "hub_private_repo", "dataloader_num_workers"),
 }
@@ -29,6 +38,10 @@ UNRELATED = {
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written; earlier ones are whole."""
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint cannot be read."""
 
 
 def versions() -> dict[str, str]:
@@ -40,9 +53,38 @@ def _signature(model: nn.Module) -> dict[str, list[int]]:
     return {name.removeprefix("module."): list(p.shape) for name, p in model.named_parameters()}
 
 
-def _checkpoints(directory: Path) -> list[Path]:
-    found = [p for p in directory.glob("checkpoint-*") if p.name[11:].isdigit() and (p / MANIFEST).is_file()]
-    return sorted(found, key=lambda p: int(p.name[11:]))
+def step_of(checkpoint: Path) -> int:
+    """Returns the number of updates in the name of a checkpoint's folder, -1 for another name."""
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() and checkpoint.name != number else -1
+
+
+def whole_checkpoints(directory: Path) -> list[Path]:
+    """Returns the checkpoints in a folder that were finished, by their steps."""
+    found = [p for p in directory.glob("checkpoint-*") if step_of(p) >= 0 and (p / MANIFEST).is_file()]
+    return sorted(found, key=step_of)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Deletes a checkpoint, which at no moment is there in part."""
+    partial = path.with_suffix(".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    path.rename(partial)
+    shutil.rmtree(partial)
+
+
+def remove_partial(directory: Path) -> None:
+    """Deletes what killed processes left of checkpoints: temporary folders, and those without a manifest."""
+    for path in directory.glob("checkpoint-*"):
+        if path.suffix == ".tmp" or (step_of(path) >= 0 and not (path / MANIFEST).is_file()):
+            shutil.rmtree(path)
+
+
+def set_aside(path: Path) -> None:
+    """Renames a damaged checkpoint, so that it is not taken for one again."""
+    aside = path.with_suffix(".damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
 
 
 def save_checkpoint(
@@ -97,11 +139,10 @@ def save_checkpoint(
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     except Exception as error:  # whatever the writing library raises, all processes must hear of it
         failure = error
-    failed = torch.tensor([float(failure is not None)], device=accelerator.device)
-    if float(accelerator.reduce(failed, "sum").item()):  # type: ignore[union-attr]
+    if _failed_anywhere(accelerator, failure):
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
-        kept = _checkpoints(directory)
+        kept = whole_checkpoints(directory)
         raise CheckpointError(
             f"could not write {final}: {failure or 'another process failed'}. "
             + (f"The newest whole checkpoint is {kept[-1]}." if kept else "There is no earlier checkpoint.")
@@ -109,13 +150,13 @@ def save_checkpoint(
     if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        for old in _checkpoints(directory)[:-total_limit] if total_limit else []:
-            shutil.rmtree(old)
+        for old in whole_checkpoints(directory)[:-total_limit] if total_limit else []:
+            remove_checkpoint(old)
     accelerator.wait_for_everyone()
     return final
 
 
-def find_checkpoint(directory: str | os.PathLike, resume_from: str) -> Path | None:
+def find_checkpoint(directory: str | os.PathLike, resume_from: str) -> list[Path]:
     """Resolves `--resume_from_checkpoint`.
 
     Args:
@@ -123,23 +164,23 @@ def find_checkpoint(directory: str | os.PathLike, resume_from: str) -> Path | No
         resume_from: `"latest"` or a path.
 
     Returns:
-        The folder; `None` for `"latest"` where there is none yet, so that one command both starts and resumes.
+        The folders to try, newest first; none for `"latest"` where there is none yet, so that one command both starts
+        and resumes.
 
     Raises:
         ValueError: the path is no whole checkpoint.
     """
     if resume_from == "latest":
-        found = _checkpoints(Path(directory))
-        return found[-1] if found else None
+        return whole_checkpoints(Path(directory))[::-1]
     path = Path(resume_from)
     # A temporary folder may have a manifest, yet lack what another process was still writing.
     if not (path / MANIFEST).is_file() or path.suffix == ".tmp":
-        available = [str(p) for p in _checkpoints(Path(directory))]
+        available = [str(p) for p in whole_checkpoints(Path(directory))]
         raise ValueError(
             f"`resume_from_checkpoint` must be 'latest' or a finished folder with a {MANIFEST}, got {resume_from!r}; "
             f"whole checkpoints here: {available}."
         )
-    return path
+    return [path]
 
 
 def load_checkpoint(
@@ -157,13 +198,17 @@ def load_checkpoint(
         The manifest and the saved `state`.
 
     Raises:
-        ValueError: the checkpoint belongs to another model, or cannot be read.
+        DamagedCheckpointError: it cannot be read, by one of the processes at least.
+        ValueError: the checkpoint belongs to another model.
     """
+    failure: Exception | None = None
+    manifest, state = {}, {}
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise _unreadable(path, error) from error
+        failure = error
+    _raise_damaged(accelerator, path, failure)
     expected, found = _signature(model), manifest["parameters"]
     if expected != found:
         differing = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
@@ -191,9 +236,20 @@ def load_checkpoint(
     try:
         accelerator.load_state(str(path))
     except Exception as error:
-        raise _unreadable(path, error) from error
+        failure = error
+    _raise_damaged(accelerator, path, failure)
     return manifest, state
 
 
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"`resume_from_checkpoint` must be a whole checkpoint, got {str(path)!r}: {error}")
+def _failed_anywhere(accelerator: Accelerator, failure: BaseException | None) -> bool:
+    """Tells all processes whether one of them failed."""
+    failed: Any = accelerator.reduce(torch.tensor([float(failure is not None)], device=accelerator.device), "sum")
+    return bool(failed.item())
+
+
+def _raise_damaged(accelerator: Accelerator, path: Path, failure: Exception | None) -> None:
+    if _failed_anywhere(accelerator, failure):
+        reason = f"{type(failure).__name__}: {failure}" if failure is not None else "another process failed"
+        raise DamagedCheckpointError(
+            f"`resume_from_checkpoint` must be a whole checkpoint, got {str(path)!r}: {reason.splitlines()[0]}"
+        ) from failure

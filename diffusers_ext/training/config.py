@@ -6,6 +6,7 @@ import dataclasses
 import math
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -15,7 +16,12 @@ from huggingface_hub import get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-__all__ = ["TrainConfig", "described", "require"]
+from .optimizers import OptimizerName, check_optimizer
+
+__all__ = ["GROUPS", "TrainConfig", "described", "require"]
+
+# The parts of a help text, in their order.
+GROUPS = ("data", "model", "method", "optimisation", "saving and logging", "sharing")
 
 LRSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
@@ -27,8 +33,19 @@ def require(condition: bool, name: str, value: Any, accepted: str) -> None:
 
 
 def described(text: str, default: Any = None, group: str = "method") -> Any:
-    """Makes a dataclass field whose help text argparse shows."""
+    """Makes a dataclass field whose help text argparse shows.
+
+    Args:
+        text: what the argument does.
+        default: its default.
+        group: where it stands in the help, one of `GROUPS`. A class that declares the field anew changes nothing here.
+    """
     return field(default=default, metadata={"help": text, "group": group})
+
+
+_optimisation = partial(described, group="optimisation")
+_saving = partial(described, group="saving and logging")
+_sharing = partial(described, group="sharing")
 
 
 def check_types(config: Any) -> None:
@@ -65,45 +82,53 @@ class TrainConfig:
         ValueError: an argument is outside its range, or two contradict each other.
     """
 
-    output_dir: str = described("Folder for checkpoints, samples, logs and the finished pipeline.", "runs/model")
-    seed: int = described("Seed of every random number of the run.", 0)
-    rng_scope: Literal["step", "sample"] = described(
+    output_dir: str = _saving("Folder for checkpoints, samples, logs and the finished pipeline.", "runs/model")
+    overwrite_output_dir: bool = _saving(
+        "Delete the checkpoints, logs and samples of another run in that folder.", False
+    )
+    seed: int = _optimisation("Seed of every random number of the run.", 0)
+    rng_scope: Literal["step", "sample"] = _optimisation(
         "'sample' ties noise and timestep to the sample's global index, so that processes x batch x accumulation may "
         "be traded against each other; 'step' is faster.",
         "step",
     )
-    train_batch_size: int = described("Samples per process and micro-step.", 16)
-    gradient_accumulation_steps: int = described("Micro-steps per update.", 1)
-    max_train_steps: int | None = described("Updates to make; or give --num_train_epochs.")
-    num_train_epochs: int | None = described("Passes over the data; or give --max_train_steps.")
-    learning_rate: float = described("Peak learning rate of AdamW.", 1e-4)
-    lr_scheduler: LRSchedule = described("Course of the learning rate over the updates.", "constant")
-    lr_warmup_steps: int = described("Updates of linear warm-up; 'constant' has none.", 500)
-    adam_beta1: float = described("AdamW's beta1.", 0.9)
-    adam_beta2: float = described("AdamW's beta2.", 0.999)
-    adam_weight_decay: float = described("AdamW's weight decay.", 1e-2)
-    adam_epsilon: float = described("AdamW's epsilon.", 1e-8)
-    max_grad_norm: float = described("Gradients are clipped to this norm.", 1.0)
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = described("Default: what `accelerate launch` was told.")
-    gradient_checkpointing: bool = described("Recompute activations in the backward pass to save memory.", False)
-    allow_tf32: bool = described("Allow TF32 matrix products on Ampere and newer GPUs.", False)
-    use_ema: bool = described("Keep an exponential moving average of the weights, and save that.", True)
-    ema_decay: float = described("Largest decay of the average.", 0.9999)
-    use_ema_warmup: bool = described("Warm the decay up as 1 - (1 + update / inv_gamma) ** -power.", False)
-    ema_inv_gamma: float = described("inv_gamma of the warm-up.", 1.0)
-    ema_power: float = described("power of the warm-up.", 0.75)
-    dataloader_num_workers: int = described("Worker processes that read data; results do not depend on it.", 0)
-    checkpointing_steps: int = described("Save the training state every so many updates.", 500)
-    checkpoints_total_limit: int | None = described("Keep only the newest so many checkpoints.")
-    resume_from_checkpoint: str | None = described("'latest' or the path of a checkpoint folder.")
-    validation_steps: int | None = described("Draw sample images every so many updates.")
-    num_validation_images: int = described("How many sample images to draw.", 16)
-    logging_steps: int = described("Log loss and speed every so many updates.", 10)
-    report_to: str = described("'none', or trackers separated by commas: tensorboard, wandb, trackio.", "none")
-    tracker_project_name: str = described("Project name for the trackers.", "diffusers-ext")
-    push_to_hub: bool = described("Push the finished folder to the Hub.", False)
-    hub_model_id: str | None = described("Repo to push to, 'organisation/name'.")
-    hub_private_repo: bool = described("Make that repo private when it is created.", False)
+    train_batch_size: int = _optimisation("Samples per process and micro-step.", 16)
+    gradient_accumulation_steps: int = _optimisation("Micro-steps per update.", 1)
+    max_train_steps: int | None = _optimisation("Updates to make; or give --num_train_epochs.")
+    num_train_epochs: int | None = _optimisation("Passes over the data; or give --max_train_steps.")
+    optimizer: OptimizerName = _optimisation(
+        "adamw8bit needs the package bitsandbytes, prodigy prodigyopt; prodigy wants --learning_rate 1.", "adamw"
+    )
+    learning_rate: float = _optimisation("Peak learning rate.", 1e-4)
+    lr_scheduler: LRSchedule = _optimisation("Course of the learning rate over the updates.", "constant")
+    lr_warmup_steps: int = _optimisation("Updates of linear warm-up; 'constant' has none.", 500)
+    adam_beta1: float = _optimisation("beta1 of adamw, adamw8bit and prodigy; the momentum of sgd.", 0.9)
+    adam_beta2: float = _optimisation("beta2 of adamw, adamw8bit and prodigy.", 0.999)
+    adam_weight_decay: float = _optimisation("Weight decay.", 1e-2)
+    adam_epsilon: float = _optimisation("epsilon of adamw, adamw8bit and prodigy.", 1e-8)
+    max_grad_norm: float = _optimisation("Gradients are clipped to this norm.", 1.0)
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = _optimisation(
+        "Default: what `accelerate launch` was told."
+    )
+    gradient_checkpointing: bool = _optimisation("Recompute activations in the backward pass to save memory.", False)
+    allow_tf32: bool = _optimisation("Allow TF32 matrix products on Ampere and newer GPUs.", False)
+    use_ema: bool = _optimisation("Keep an exponential moving average of the weights, and save that.", True)
+    ema_decay: float = _optimisation("Largest decay of the average.", 0.9999)
+    use_ema_warmup: bool = _optimisation("Warm the decay up as 1 - (1 + update / inv_gamma) ** -power.", False)
+    ema_inv_gamma: float = _optimisation("inv_gamma of the warm-up.", 1.0)
+    ema_power: float = _optimisation("power of the warm-up.", 0.75)
+    dataloader_num_workers: int = described("Worker processes that read data; results do not depend on it.", 0, "data")
+    checkpointing_steps: int = _saving("Save the training state every so many updates.", 500)
+    checkpoints_total_limit: int | None = _saving("Keep only the newest so many checkpoints.")
+    resume_from_checkpoint: str | None = _saving("'latest' or the path of a checkpoint folder.")
+    validation_steps: int | None = _saving("Draw sample images every so many updates.")
+    num_validation_images: int = _saving("How many sample images to draw.", 16)
+    logging_steps: int = _saving("Log loss and speed every so many updates.", 10)
+    report_to: str = _saving("'none', or trackers separated by commas: tensorboard, wandb, trackio.", "none")
+    tracker_project_name: str = _saving("Project name for the trackers.", "diffusers-ext")
+    push_to_hub: bool = _sharing("Push the finished folder to the Hub.", False)
+    hub_model_id: str | None = _sharing("Repo to push to, 'organisation/name'.")
+    hub_private_repo: bool = _sharing("Make that repo private when it is created.", False)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -121,6 +146,7 @@ class TrainConfig:
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number in [0, 1)")
         require(self.adam_weight_decay >= 0, "adam_weight_decay", self.adam_weight_decay, "a number >= 0")
+        check_optimizer(self.optimizer)
         if (self.max_train_steps is None) == (self.num_train_epochs is None):
             raise ValueError(
                 "exactly one of `max_train_steps` and `num_train_epochs` must be given, got "
@@ -133,6 +159,10 @@ class TrainConfig:
             require(name in installed, "report_to", name, f"an installed package (pip install {name})")
         if self.validation_steps is not None and self.num_validation_images == 0:
             raise ValueError("`num_validation_images` must be an integer >= 1 with `validation_steps`, got 0.")
+        if self.overwrite_output_dir and self.resume_from_checkpoint == "latest":
+            raise ValueError(
+                "`overwrite_output_dir` must be False with `resume_from_checkpoint='latest'`: it deletes it."
+            )
         if self.push_to_hub:
             try:
                 validate_repo_id(self.hub_model_id or "")

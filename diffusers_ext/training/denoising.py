@@ -24,7 +24,7 @@ from diffusers_ext.hub.card import RepoCard
 
 from .config import described, require
 from .images import image_dataset
-from .networks import make_network
+from .networks import make_network, sized_unet
 from .noise import NoiseConfig, NoiseStrategy, offset_noise
 from .objectives import EpsX0V, FlowMatching, Objective
 from .pretrained import check_inference_steps, converted, load_denoiser, loaded
@@ -42,9 +42,15 @@ class DenoisingConfig(NoiseConfig):
         ValueError: an argument is outside its range, or two contradict each other.
     """
 
-    pretrained_model_name_or_path: str | None = described("Pipeline to fine-tune, a Hub repo or a folder.")
-    unet_config: str | None = described("JSON file of `UNet2DModel` arguments for training from scratch.")
-    vae: str | None = described("`AutoencoderKL` repo or folder: train in its latent space.")
+    pretrained_model_name_or_path: str | None = described(
+        "Pipeline to fine-tune, a Hub repo or a folder.", group="model"
+    )
+    unet_config: str | None = described(
+        "JSON file of `UNet2DModel` arguments for training from scratch, or the name of a shipped one (unet_28); by "
+        "default sized by the resolution.",
+        group="model",
+    )
+    vae: str | None = described("`AutoencoderKL` repo or folder: train in its latent space.", group="model")
     class_conditional: bool = described("Train on class labels.", False)
     label_dropout: float = described("Probability of training a sample without its label, for guidance.", 0.1)
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"] | None = described(
@@ -177,7 +183,8 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
         self.null_class_label = self.data.num_classes if config.class_conditional else None
         if self.null_class_label is not None:
             fixed["num_class_embeds"] = self.null_class_label + 1
-        return make_network(UNet2DModel, "unet_config", config.unet_config, fixed, default={})
+        self.size_advice = "--unet_config chooses another network"
+        return make_network(UNet2DModel, "unet_config", config.unet_config, fixed, default=sized_unet(size))
 
     def _new_scheduler(self) -> Any:
         config = self.config

@@ -12,13 +12,17 @@ import contextlib
 import copy
 import math
 import os
+import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, send_to_device
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
@@ -30,8 +34,10 @@ from diffusers_ext.hub.repo import push_repo
 from diffusers_ext.rng import StepRNG, mix
 
 from .callbacks import Callback, default_callbacks, draw_pictures, image_grid
-from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import DamagedCheckpointError, find_checkpoint, load_checkpoint, save_checkpoint, set_aside
 from .config import TrainConfig, require
+from .folder import claimed_folder
+from .optimizers import make_optimizer, optimizer_floats
 from .recipe import Context, Modules, Recipe
 from .signals import StopSignals
 from .weights import Ema, all_finite, copy_full_, full_tensor
@@ -54,6 +60,14 @@ class TrainResult:
     steps: int
     loss: float
     stopped_by: str | None = None
+
+
+def _short(number: float) -> str:
+    """Returns a number as people say it, such as '2.1 M'."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.{0 if number >= 10 * size else 1}f} {unit}"
+    return f"{number:.0f} "
 
 
 class Trainer:
@@ -84,6 +98,7 @@ class Trainer:
         self.total_steps = 0
         self._micro_step = 0
         self._paused = 0.0
+        self._claim = contextlib.ExitStack()
 
     def train(self) -> TrainResult:
         """Runs to the end, or to a signal, and saves.
@@ -96,6 +111,10 @@ class Trainer:
             FloatingPointError: the loss is not finite.
             RuntimeError: the upload failed; the local folder is whole.
         """
+        with self._claim:
+            return self._train()
+
+    def _train(self) -> TrainResult:
         config = self.config
         self._start()
         with StopSignals() as signals:
@@ -145,6 +164,10 @@ class Trainer:
         accumulation = GradientAccumulationPlugin(
             num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False, sync_each_batch=False
         )
+        # Accelerate keeps the precision of the first run in a process, whatever a later one says.
+        asked = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != asked:
+            AcceleratorState._reset_state()
         self.accelerator = accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_plugin=accumulation,
@@ -163,6 +186,12 @@ class Trainer:
             torch.backends.cuda.matmul.allow_tf32 = True
         if accelerator.is_main_process:
             config.check_targets()
+            # All processes see the same checkpoints, and no other run's.
+            resume, latest = config.resume_from_checkpoint, config.resume_from_checkpoint == "latest"
+            path = find_checkpoint(config.output_dir, resume)[0] if resume is not None and not latest else None
+            claim = claimed_folder(config.output_dir, path, latest, config.overwrite_output_dir)
+            self._claim.enter_context(claim)
+        accelerator.wait_for_everyone()
         self.rng = StepRNG(config.seed, accelerator.process_index, accelerator.num_processes, config.rng_scope)
         weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
         self.ctx = ctx = Context(config, accelerator, self.rng, weight_dtype)
@@ -186,7 +215,24 @@ class Trainer:
         sharding = (DistributedType.FSDP, DistributedType.DEEPSPEED)
         # A sharded module cannot be saved as it stands: an unsharded twin takes the gathered weights.
         self._twin = copy.deepcopy(modules.trainable) if accelerator.distributed_type in sharding else None
+        self._announce()
         self._prepare()
+
+    def _announce(self) -> None:
+        """Says how large the network is and what a checkpoint of it takes, before the first step."""
+        config, network = self.config, self.ctx.modules.trainable
+        count = sum(p.numel() for p in network.parameters())
+        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        disk = 4 * (count + trained * (optimizer_floats(config.optimizer) + config.use_ema))
+        kept = config.checkpoints_total_limit
+        part = "" if trained == count else f", {_short(trained)} of them trained"
+        change = self.recipe.size_advice
+        self.accelerator.print(
+            f"{type(network).__name__}: {_short(count)} parameters{part}; a checkpoint takes about {_short(disk)}B of "
+            f"disk, {'all are kept (--checkpoints_total_limit)' if kept is None else f'{kept} are kept'}"
+            + (f"; {change}" if change else ""),
+            file=sys.stderr,
+        )
 
     def _saved_weights(self) -> dict[str, dict[str, torch.Tensor]]:
         """Copies the weights of those frozen modules that the finished pipeline will hold."""
@@ -221,13 +267,7 @@ class Trainer:
     def _prepare(self) -> None:
         config, accelerator = self.config, self.accelerator
         trainable = self.ctx.modules.trainable
-        optimizer = torch.optim.AdamW(
-            [p for p in trainable.parameters() if p.requires_grad],
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
-        )
+        optimizer = make_optimizer([p for p in trainable.parameters() if p.requires_grad], config)
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             # DeepSpeed reads the batch size off a prepared loader; ours is positional and not prepared.
             plugin: Any = accelerator.state.deepspeed_plugin
@@ -262,10 +302,10 @@ class Trainer:
         self._summed = 0
         if config.resume_from_checkpoint is None:
             return
-        path = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
-        if path is None:
+        found = self._load_newest(find_checkpoint(config.output_dir, config.resume_from_checkpoint))
+        if found is None:
             return
-        manifest, state = load_checkpoint(self.accelerator, path, model=self.model, config=config.to_dict())
+        manifest, state = found
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         # The rate follows from the position and the present arguments, which may differ from the checkpoint's.
         self.lr_scheduler.base_lrs = [config.learning_rate] * len(self.lr_scheduler.base_lrs)
@@ -284,6 +324,23 @@ class Trainer:
         # With other batch sizes the nearest earlier update of the new size is where the data goes on.
         effective = self._micro_batch * config.gradient_accumulation_steps
         self._micro_step = manifest["samples_seen"] // effective * config.gradient_accumulation_steps
+
+    def _load_newest(self, paths: list[Path]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Loads the first checkpoint that can be read; damaged ones before it are renamed."""
+        damaged: list[Path] = []
+        for path in paths:
+            try:
+                found = load_checkpoint(self.accelerator, path, model=self.model, config=self.config.to_dict())
+            except DamagedCheckpointError:
+                damaged.append(path)
+                if path is paths[-1]:
+                    raise
+                continue
+            for old in damaged if self.accelerator.is_main_process else ():
+                warnings.warn(f"{old} is damaged: it is renamed, and the run goes on from {path}", stacklevel=2)
+                set_aside(old)
+            return found
+        return None
 
     def _loader(self) -> DataLoader:
         config = self.config
@@ -372,7 +429,7 @@ class Trainer:
         means: Any = self.accelerator.reduce(torch.stack([value.float() for value in self._sums.values()]), "mean")
         return dict(zip(self._sums, means, strict=True))
 
-    def _log(self, images_per_second: float) -> None:
+    def _log(self, samples_per_second: float) -> None:
         means = torch.stack([*self._over_processes().values()]) / self._summed
         values: list[float] = means.tolist()
         logs = dict(zip(self._sums, values, strict=True))
@@ -380,7 +437,7 @@ class Trainer:
         if not math.isfinite(self._last_loss):
             raise self._diverged(f"the loss is {self._last_loss}")
         logs["lr"] = float(self.lr_scheduler.get_last_lr()[0])
-        logs["images_per_second"] = images_per_second
+        logs["samples_per_second"] = samples_per_second
         self._sums, self._summed = {}, 0
         self._call("on_log", logs)
 

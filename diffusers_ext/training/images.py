@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ from diffusers_ext.data.sources import load_images
 from .config import TrainConfig, described, require
 
 __all__ = ["ImageConfig", "image_dataset"]
+
+_data = partial(described, group="data")
 
 
 @dataclass
@@ -21,20 +24,18 @@ class ImageConfig(TrainConfig):
         ValueError: an argument is outside its range, or two contradict each other.
     """
 
-    dataset_name: str | None = described("Data set on the Hub; or give --train_data_dir.")
-    dataset_config_name: str | None = described("Its configuration.")
-    train_data_dir: str | None = described("Folder of images, saved data set, parquet or .npz file.")
-    image_column: str = described("Column of images.", "image")
-    label_column: str | None = described("Column of class labels; by default the data set's own, if it declares one.")
-    resolution: int = described("Images are resized and cropped to this many pixels a side.", 64)
-    center_crop: bool = described("Crop the centre instead of a random place.", False)
-    random_flip: bool = described("Mirror half of the images.", False)
-    channels: Literal[1, 3] = described("1 trains on grey images, 3 on colour.", 3)
-    streaming: bool = described("Read the data set as a stream; a resume then replays it up to its position.", False)
-    max_train_samples: int | None = described("Use only the first so many images.")
-    require_captions: bool = described(
-        "Stop where an image has no caption, or no line in its folder's metadata.", False
-    )
+    dataset_name: str | None = _data("Data set on the Hub; or give --train_data_dir.")
+    dataset_config_name: str | None = _data("Its configuration.")
+    train_data_dir: str | None = _data("Folder of images, saved data set, parquet or .npz file.")
+    image_column: str = _data("Column of images.", "image")
+    label_column: str | None = _data("Column of class labels; by default the data set's own, if it declares one.")
+    resolution: int = _data("Images are resized and cropped to this many pixels a side.", 64)
+    center_crop: bool = _data("Crop the centre instead of a random place.", False)
+    random_flip: bool = _data("Mirror half of the images.", False)
+    channels: Literal[1, 3] = _data("1 trains on grey images, 3 on colour.", 3)
+    streaming: bool = _data("Read the data set as a stream; a resume then replays it up to its position.", False)
+    max_train_samples: int | None = _data("Use only the first so many images.")
+    require_captions: bool = _data("Stop where an image has no caption, or no line in its folder's metadata.", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

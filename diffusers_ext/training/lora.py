@@ -17,6 +17,8 @@ from torch import nn
 
 from diffusers_ext.hub.repo import has_lora_format, write_lora
 
+from .adapters import require_peft
+
 __all__ = ["DEFAULT_TARGETS", "adapters_off", "add_lora", "check_loads_again", "save_only_trained"]
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -38,10 +40,9 @@ def add_lora(
     Raises:
         ValueError: peft is missing, or a target names no layer; close names are listed.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ValueError("`lora_rank` must be left out without peft: pip install diffusers-ext[lora]") from error
+    require_peft("lora_rank")
+    from peft import LoraConfig, inject_adapter_in_model
+
     layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     chosen = list(targets or DEFAULT_TARGETS)
     missing = [target for target in chosen if not any(_matches(name, target) for name in layers)]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from .config import require
+from .shipped import find_config
 
-__all__ = ["make_network"]
+__all__ = ["make_network", "sized_unet"]
 
 
 def make_network(
@@ -20,7 +19,7 @@ def make_network(
     Args:
         kind: its class.
         argument: the command-line argument that named the file, for messages.
-        path: the file; `None` takes `default` instead.
+        path: the file, or the name of a shipped one; `None` takes `default` instead.
         fixed: arguments that data and base decide, which come before the file's.
         default: arguments without a file.
 
@@ -29,12 +28,34 @@ def make_network(
     """
     arguments = dict(default)
     if path is not None:
-        require(Path(path).is_file(), argument, path, "an existing JSON file")
+        file = find_config(argument, path)
         try:
-            arguments = {k: v for k, v in json.loads(Path(path).read_text()).items() if not k.startswith("_")}
+            arguments = {k: v for k, v in json.loads(file.read_text()).items() if not k.startswith("_")}
         except (ValueError, AttributeError) as error:
             raise ValueError(f"`{argument}` must be a JSON object in a file, got {path!r}: {error}") from error
     try:
         return kind(**{**arguments, **fixed})
     except Exception as error:  # whatever a wrong argument runs into
         raise ValueError(f"`{argument}` must describe a `{kind.__name__}`, got {path!r}: {error}") from error
+
+
+def sized_unet(size: int) -> dict[str, Any]:
+    """Returns the arguments of a `UNet2DModel` that suits images, or latents, of `size` pixels a side.
+
+    Up to 16 pixels it has about 3 million parameters, up to 63 about 11 million, and from 64 on it is that of
+    Diffusers' example of unconditional training, of 114 million.
+    """
+    if size >= 64:
+        plain, attention = ("DownBlock2D", "UpBlock2D"), ("AttnDownBlock2D", "AttnUpBlock2D")
+        levels = [plain, plain, plain, plain, attention, plain]
+        return {
+            "block_out_channels": (128, 128, 256, 256, 512, 512),
+            "down_block_types": tuple(down for down, _ in levels),
+            "up_block_types": tuple(up for _, up in reversed(levels)),
+        }
+    widths = (32, 64, 96) if size <= 16 else (64, 128, 192)
+    return {
+        "block_out_channels": widths,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    }

@@ -95,9 +95,16 @@ class Recipe(Generic[ConfigT]):
 
     Args:
         config: an instance of the class's `Config`.
+
+    Attributes:
+        sample_name: what the progress bar calls the samples, in the plural.
+        size_advice: how to choose another size of the network, for the line that tells it; `None` where there is no
+            choice.
     """
 
     Config: type[TrainConfig] = TrainConfig
+    sample_name: str = "images"
+    size_advice: str | None = None
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from .arguments import parse_config
@@ -11,17 +13,20 @@ from .recipe import Recipe
 __all__ = ["run_training"]
 
 
-def run_training(recipe_class: type[Recipe[Any]]) -> None:
+def run_training(recipe_class: type[Recipe[Any]], argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Trains a recipe with the arguments of the command line.
 
     Args:
         recipe_class: the method; its `Config` describes the arguments.
+        argv: the words, by default `sys.argv[1:]`.
+        prog: what the help calls the program, by default the script.
 
     Raises:
         SystemExit: an argument is wrong, or does not fit the data or the model; the message says how.
     """
-    config = parse_config(recipe_class.Config)
+    description = (inspect.getdoc(recipe_class) or "").split("\n\n")[0]
     try:
+        config = parse_config(recipe_class.Config, argv, prog=prog, description=description)
         Trainer(config, recipe_class(config)).train()
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error

@@ -95,7 +95,10 @@ def test_bad_values_are_refused_when_the_configuration_is_made(tmp_path, changes
         ({"lr_scheduler": "cosine", "lr_warmup_steps": 7}, "`lr_warmup_steps` must be at most .*6, got 7"),
         ({"train_batch_size": 65}, "`train_batch_size` must be small enough .*data's 64, got 65"),
         ({"resolution": 9}, "`resolution` must be a multiple of 2.*got 9"),
-        ({"unet_config": "/nowhere.json"}, "`unet_config` must be an existing JSON file"),
+        (
+            {"unet_config": "/nowhere.json"},
+            "`unet_config` must be an existing file or one of .*'unet_28'.*got '/nowhere.json'",
+        ),
         ({"label_column": "kind"}, "`label_column` must be one of the columns .*got 'kind'"),
     ],
 )

@@ -20,7 +20,7 @@ from tests.hub.server import HubServer
 from .tiny import UNET, run, weights, write_data
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "training" / "configs"
+CONFIGS = ROOT / "diffusers_ext" / "training" / "configs"
 SCRIPT = "training/train_immiscible.py"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 LOAD = """
@@ -91,8 +91,10 @@ def assert_equal(first, second):
 
 def test_accelerate_launch_leaves_a_complete_repo(tmp_path):
     config = write_config(tmp_path, checkpointing_steps=2)
-    result = launch([*LAUNCH, "--cpu", "--num_processes", "1", SCRIPT, "--config", config])
+    launch = [*LAUNCH, "--config_file", CONFIGS / "single.yaml", "-m", "diffusers_ext.train", "immiscible"]
+    result = execute([*launch, "--config", config])
     assert result.returncode == 0, result.stderr
+    assert "defaults used instead" not in result.stderr
     out = tmp_path / "out"
     index = json.loads((out / "model_index.json").read_text())
     assert index["_class_name"] == "ImageGenerationPipeline"

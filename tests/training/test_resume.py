@@ -169,7 +169,7 @@ def test_refuses_unfinished_and_damaged_checkpoints(data, tmp_path):
         content = (broken / damage).read_bytes()
         (broken / damage).write_bytes(content[: len(content) // 2])
         with pytest.raises(ValueError, match="`resume_from_checkpoint` must be a whole checkpoint"):
-            run(data, tmp_path / "out", resume_from_checkpoint=str(broken))
+            run(data, tmp_path / "other", resume_from_checkpoint=str(broken))
     shutil.copytree(whole, tmp_path / "out" / "checkpoint-3.tmp")
     with pytest.raises(ValueError, match="`resume_from_checkpoint` must be 'latest' or a finished folder"):
         run(data, tmp_path / "out", resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3.tmp"))
@@ -207,7 +207,7 @@ def test_a_changed_rate_and_schedule_count_from_the_resume_on(data, tmp_path):
 def test_the_first_log_after_a_resume_is_that_of_the_whole_interval(data, tmp_path):
     def logged(folder):
         lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+        return [{name: value for name, value in line.items() if name != "samples_per_second"} for line in lines]
 
     common = {"max_train_steps": 8, "logging_steps": 4, "gradient_accumulation_steps": 2}
     run(data, tmp_path / "whole", **common)

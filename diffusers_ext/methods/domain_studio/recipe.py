@@ -14,6 +14,7 @@ from diffusers_ext.data.sources import load_images
 from diffusers_ext.generation.latents import decoded, latent_factor, latent_moments, scaled_latents
 from diffusers_ext.hub.card import RepoCard
 from diffusers_ext.hub.repo import save_lora_repo
+from diffusers_ext.training.adapters import require_peft
 from diffusers_ext.training.config import described, require
 from diffusers_ext.training.images import ImageConfig, image_dataset
 from diffusers_ext.training.objectives import EpsX0V, FlowMatching
@@ -45,7 +46,7 @@ class DomainStudioConfig(ImageConfig):
         ValueError: an argument is outside its range, or two contradict each other.
     """
 
-    pretrained_model_name_or_path: str | None = described("Source model, a Hub repo or a folder.")
+    pretrained_model_name_or_path: str | None = described("Source model, a Hub repo or a folder.", group="model")
     pair_weight: float | None = described("Weight of the pair loss; by default 4, with text 100.")
     hf_pair_weight: float | None = described("Weight of the pair loss on high frequencies; 4, with text 100.")
     hf_mse_weight: float | None = described("Weight of the squared error of high frequencies; 1, with text 0.1.")
@@ -56,7 +57,9 @@ class DomainStudioConfig(ImageConfig):
     similarity_space: Literal["pixel", "latent"] = described("Where images of a latent model are compared.", "pixel")
     instance_prompt: str | None = described("Prompt of the images to adapt to; makes it text-to-image.")
     class_prompt: str | None = described("Prompt of their class, which the source is asked with.")
-    class_data_dir: str | None = described("Folder of images of the class; what is missing is generated.")
+    class_data_dir: str | None = described(
+        "Folder of images of the class; what is missing is generated.", group="data"
+    )
     num_class_images: int = described("How many of them there must be.", 200)
     prior_loss_weight: float = described("Weight of the loss on images of the class; 0 needs none.", 1.0)
     source: Literal["frozen", "self"] = described(
@@ -69,8 +72,8 @@ class DomainStudioConfig(ImageConfig):
     validation_prompt: str | None = described("Prompt of validation pictures; by default the instance prompt.")
     validation_inference_steps: int = described("Sampling steps of validation pictures.", 50)
     train_batch_size: int = described("Images compared with each other, at least 3.", 8)
-    learning_rate: float = described("Peak learning rate of AdamW; 5e-6 suits a whole Stable Diffusion.", 1e-4)
-    adam_weight_decay: float = described("AdamW's weight decay; 1e-2 is usual with text.", 0.0)
+    learning_rate: float = described("Peak learning rate; 5e-6 suits a whole Stable Diffusion.", 1e-4)
+    adam_weight_decay: float = described("Weight decay; 1e-2 is usual with text.", 0.0)
     ema_decay: float = described("Largest decay of the average.", 0.999)
 
     def __post_init__(self) -> None:
@@ -83,6 +86,8 @@ class DomainStudioConfig(ImageConfig):
             value = getattr(self, name)
             require(self.text or value is None, name, value, "left out without `instance_prompt`")
         require(self.text or not self.use_lora, "use_lora", self.use_lora, "False without `instance_prompt`")
+        if self.use_lora:
+            require_peft("use_lora")
         require(self.prior_loss_weight >= 0, "prior_loss_weight", self.prior_loss_weight, "a number >= 0")
         if self.text and self.prior and self.class_data_dir is None:
             raise ValueError("`class_data_dir` must be given with `prior_loss_weight` or `source='self'`.")

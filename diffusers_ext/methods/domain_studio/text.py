@@ -63,10 +63,8 @@ class TextModel:
             self._add_lora(rank)
 
     def _add_lora(self, rank: int) -> None:
-        try:
-            from peft import LoraConfig
-        except ImportError as error:
-            raise ValueError("`use_lora` must be False without peft: pip install diffusers-ext[lora]") from error
+        from peft import LoraConfig
+
         self.unet.requires_grad_(False)
         self.unet.add_adapter(
             LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS)

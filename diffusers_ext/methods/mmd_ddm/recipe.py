@@ -40,7 +40,7 @@ class MMDDDMConfig(ImageConfig):
         ValueError: an argument is outside its range, or two contradict each other.
     """
 
-    pretrained_model_name_or_path: str | None = described("Denoiser to tune, a Hub repo or a folder.")
+    pretrained_model_name_or_path: str | None = described("Denoiser to tune, a Hub repo or a folder.", group="model")
     num_inference_steps: int = described("The number of sampling steps to tune for.", 5)
     scheduler: str | None = described(
         "Diffusers class of the sampler to tune for; by default DDIMScheduler, or the model's own for flow matching."
@@ -62,8 +62,8 @@ class MMDDDMConfig(ImageConfig):
     chain_dropout: bool = described("Leave the network's dropout on while tuning, as the authors did.", False)
     center_crop: bool = described("Crop the centre; real features are then computed once.", True)
     train_batch_size: int = described("Generated, and real, images an update.", 64)
-    learning_rate: float = described("Peak learning rate of AdamW.", 5e-6)
-    adam_weight_decay: float = described("AdamW's weight decay.", 0.0)
+    learning_rate: float = described("Peak learning rate.", 5e-6)
+    adam_weight_decay: float = described("Weight decay.", 0.0)
     max_grad_norm: float = described("Gradients are clipped to this norm.", 0.5)
     ema_decay: float = described("Largest decay of the average.", 0.99)
 

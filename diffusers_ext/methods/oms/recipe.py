@@ -66,10 +66,13 @@ class OMSConfig(ImageConfig):
     """
 
     pretrained_model_name_or_path: str | None = described(
-        "Base pipeline, a Hub repo or a folder. Its UNet is not read."
+        "Base pipeline, a Hub repo or a folder. Its UNet is not read.", group="model"
     )
-    module_config: str | None = described("JSON file of the module's arguments; by default the published layout.")
-    caption_column: str = described("Column of captions, for a base with text.", "text")
+    module_config: str | None = described(
+        "JSON file of the module's arguments, or the name of a shipped one; by default the published layout.",
+        group="model",
+    )
+    caption_column: str = described("Column of captions, for a base with text.", "text", "data")
     condition_dropout: float = described("Probability of training without text or label, for guidance.", 0.1)
     precompute: bool = described(
         "Compute latents and text once, into the output folder, instead of at every step.", False
@@ -104,6 +107,7 @@ class OMSRecipe(Recipe[OMSConfig]):
     """
 
     Config = OMSConfig
+    size_advice = "--module_config chooses another module"
     base: Any
     encoders: Encoders
 

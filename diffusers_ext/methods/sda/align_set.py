@@ -62,13 +62,17 @@ class AlignSetConfig(AlignmentArguments):
         ValueError: an argument is outside its range.
     """
 
-    pretrained_model_name_or_path: str = described("Unconditional pipeline, a Hub repo or a folder.", "")
-    train_data_dir: str = described("Labelled images: what `generate` wrote, or any that `load_images` reads.", "")
-    output_dir: str = described("Folder of the aligned set.", "runs/aligned")
+    pretrained_model_name_or_path: str = described(
+        "Unconditional pipeline, a Hub repo or a folder.", "", group="model"
+    )
+    train_data_dir: str = described(
+        "Labelled images: what `generate` wrote, or any that `load_images` reads.", "", group="data"
+    )
+    output_dir: str = described("Folder of the aligned set.", "runs/aligned", group="saving and logging")
     batch_size: int = described("Images at a time, and in one file of the set.", 64)
     seed: int = described("Seed; every image has its own random numbers from it.", 0)
     mixed_precision: str = described("Precision of the network: no, fp16 or bf16.", "no")
-    hub_dataset_id: str | None = described("Push the finished set to this data set on the Hub.")
+    hub_dataset_id: str | None = described("Push the finished set to this data set on the Hub.", group="sharing")
 
     def __post_init__(self) -> None:
         super().__post_init__()

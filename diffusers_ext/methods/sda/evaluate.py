@@ -46,13 +46,15 @@ class EvaluateConfig:
         ValueError: an argument is outside its range.
     """
 
-    pretrained_model_name_or_path: str = described("An `SDATTAPipeline`, a Hub repo or a folder.", "")
-    data_dir: str = described("Labelled clean images that `load_images` reads.", "")
-    output_dir: str = described("Folder of the cells, the table and the plot.", "runs/evaluation")
+    pretrained_model_name_or_path: str = described("An `SDATTAPipeline`, a Hub repo or a folder.", "", group="model")
+    data_dir: str = described("Labelled clean images that `load_images` reads.", "", group="data")
+    output_dir: str = described(
+        "Folder of the cells, the table and the plot.", "runs/evaluation", group="saving and logging"
+    )
     corruptions: str = described("Names separated by commas, by default ImageNet-C's fifteen.", ",".join(CORRUPTIONS))
     severities: str = described("From 1 to 5, separated by commas.", "1,2,3,4,5")
-    first_sample: int = described("Index of the first image that is used.", 0)
-    max_samples: int | None = described("How many images are used, by default all.")
+    first_sample: int = described("Index of the first image that is used.", 0, group="data")
+    max_samples: int | None = described("How many images are used, by default all.", group="data")
     batch_size: int = described("Images at a time.", 50)
     stream_batch_size: int = described("Images that arrive together for the weight-adapting baselines.", 50)
     tent_learning_rate: float = described("Tent's learning rate.", 1e-3)
@@ -172,7 +174,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if not isinstance(pipeline, SDATTAPipeline):
         raise ValueError(
             "`pretrained_model_name_or_path` must be an SDATTAPipeline, got "
-            f"{type(pipeline).__name__}: `training/train_sda_classifier.py` writes one."
+            f"{type(pipeline).__name__}: `diffusers-ext train sda_classifier` writes one."
         )
     folder = Path(config.output_dir)
     (folder / "cells").mkdir(parents=True, exist_ok=True)

@@ -42,17 +42,19 @@ class SDAClassifierConfig(AlignmentArguments, ImageConfig):
         ValueError: an argument is outside its range, or two contradict each other.
     """
 
-    pretrained_model_name_or_path: str = described("Unconditional pipeline that aligned the images.", "")
-    classifier: str = described("Source classifier, a Hub repo or a folder.", "")
+    pretrained_model_name_or_path: str = described(
+        "Unconditional pipeline that aligned the images.", "", group="model"
+    )
+    classifier: str = described("Source classifier, a Hub repo or a folder.", "", group="model")
     head_only: bool = described("Train the last layer alone.", False)
     train_norm_statistics: bool = described("Let batch-norm statistics move; a small set spoils them.", False)
     label_smoothing: float = described("How much probability is spread over all classes.", 0.1)
     source_data_dir: str | None = described("Labelled source images to mix in.")
     source_fraction: float = described("Share of samples that are taken from them.", 0.0)
-    learning_rate: float = described("Peak learning rate of AdamW.", 2e-5)
+    learning_rate: float = described("Peak learning rate.", 2e-5)
     lr_scheduler: LRSchedule = described("Course of the learning rate over the updates.", "cosine")
     lr_warmup_steps: int = described("Updates of linear warm-up; the paper's are five of thirty epochs.", 0)
-    adam_weight_decay: float = described("AdamW's weight decay.", 1e-8)
+    adam_weight_decay: float = described("Weight decay.", 1e-8)
     max_grad_norm: float = described("Gradients are clipped to this norm.", 5.0)
     train_batch_size: int = described("Samples per process and micro-step.", 128)
     use_ema: bool = described("Keep an exponential moving average of the weights, and save that.", False)

@@ -31,8 +31,12 @@ class GenerateConfig:
         ValueError: an argument is outside its range.
     """
 
-    pretrained_model_name_or_path: str = described("Pipeline, class-conditional or from text; repo or folder.", "")
-    output_dir: str = described("Folder of the data set: parquet files under data/.", "runs/synthetic")
+    pretrained_model_name_or_path: str = described(
+        "Pipeline, class-conditional or from text; repo or folder.", "", group="model"
+    )
+    output_dir: str = described(
+        "Folder of the data set: parquet files under data/.", "runs/synthetic", group="saving and logging"
+    )
     class_names: str | None = described("Names of the classes, separated by commas, in the classifier's order.")
     prompt_template: str = described("Prompt of text-to-image pipelines; {} is the class name.", "a photo of a {}")
     images_per_class: int = described("Images of each class.", 50)
@@ -41,7 +45,7 @@ class GenerateConfig:
     batch_size: int = described("Images at a time, and in one file of the set.", 16)
     seed: int = described("Seed; every image has its own random numbers from it.", 0)
     mixed_precision: str = described("Precision of the networks: no, fp16 or bf16.", "no")
-    hub_dataset_id: str | None = described("Push the finished set to this data set on the Hub.")
+    hub_dataset_id: str | None = described("Push the finished set to this data set on the Hub.", group="sharing")
 
     def __post_init__(self) -> None:
         check_types(self)

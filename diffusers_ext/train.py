@@ -1,0 +1,51 @@
+"""Trains by name of the method, with a clone of the repository or without.
+
+python -m diffusers_ext.train METHOD ...
+accelerate launch --config_file $(diffusers-ext config ddp) -m diffusers_ext.train METHOD ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+__all__ = ["METHODS", "main"]
+
+# Name on the command line -> recipe in the public index, and what it trains. A method adds its line here.
+METHODS = {
+    "domain_studio": ("DomainStudioRecipe", "a model adapted to about ten images, whole or by LoRA"),
+    "immiscible": ("ImmiscibleRecipe", "image diffusion or flow matching, with plain or paired noise"),
+    "mmd_ddm": ("MMDDDMRecipe", "a pretrained denoiser, for few sampling steps"),
+    "oms": ("OMSRecipe", "a One More Step module for a base pipeline"),
+    "sda_classifier": ("SDAClassifierRecipe", "an image classifier on aligned synthetic images"),
+    "text_to_image": ("TextToImageRecipe", "any text-to-image pipeline of Diffusers, whole or by LoRA"),
+}
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m diffusers_ext.train") -> None:
+    """Runs the training of the method that the first word names, with the words behind it.
+
+    Args:
+        argv: the words, by default `sys.argv[1:]`.
+        prog: what the help calls the program.
+
+    Raises:
+        SystemExit: the method is unknown, or an argument is wrong; the message says how.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Trains a method.", epilog=f"{prog} METHOD --help lists the arguments of a method."
+    )
+    methods = parser.add_subparsers(title="methods", metavar="METHOD", dest="method", required=True)
+    for name, (_, text) in METHODS.items():
+        methods.add_parser(name, help=text, add_help=False)
+    method = parser.parse_args(words[:1]).method
+
+    import diffusers_ext
+
+    diffusers_ext.run_training(getattr(diffusers_ext, METHODS[method][0]), words[1:], f"{prog} {method}")
+
+
+if __name__ == "__main__":
+    main()
