@@ -18,7 +18,16 @@ import torch
 from diffusers import DiffusionPipeline
 
 from benchmarks.any_pipeline.digits import CALL, PROMPTS, ROOT, RUNS, SIZE, mnist, padded, write_folder
-from benchmarks.any_pipeline.experiment import PER_PROMPT, SEEDS, as_digits, classifier, compare, draw, held_out, trained
+from benchmarks.any_pipeline.experiment import (
+    PER_PROMPT,
+    SEEDS,
+    as_digits,
+    classifier,
+    compare,
+    draw,
+    held_out,
+    trained,
+)
 from benchmarks.harness import figure, spread, write_result
 from benchmarks.small_models import train
 from diffusers_ext import TextToImageConfig, TextToImageRecipe, extract_features, intra_cluster_distance
@@ -137,7 +146,8 @@ def main():
         rows = {row.replace(" ", "_").lower(): row for row in by_seed[0]}
         table = {"of": "model", "rows": rows, "columns": FIGURES}
         command = "python -m benchmarks.any_pipeline.few_shot"
-        write_result("any_pipeline/few_shot", command, figures, SEEDS["sd3"][: seed + 1], time.perf_counter() - start, table)
+        seconds = time.perf_counter() - start
+        write_result("any_pipeline/few_shot", command, figures, SEEDS["sd3"][: seed + 1], seconds, table)
 
 
 if __name__ == "__main__":

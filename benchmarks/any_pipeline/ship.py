@@ -2,9 +2,9 @@
 
     python -m benchmarks.any_pipeline.ship     # 10 minutes on one core, after the experiment's first model
 
-The experiment's model with Gaussian noise of seed 0 reads six tokens of text. The pipeline pads text to 256 by default;
-the model learns that in some more updates, so that a call needs no argument but the prompt. Weights are kept in half
-precision.
+The experiment's model with Gaussian noise of seed 0 reads six tokens of text. The pipeline pads text to 256 by
+default; the model learns that in some more updates, so that a call needs no argument but the prompt. Weights are kept
+in half precision.
 """
 
 import json

@@ -80,8 +80,8 @@ class Call:
             raise Reached(None)
         if x is None or not self.entered:
             raise ValueError(
-                "`scheduler.step` was reached before any latents entered, by `prepare_latents`, by `scale_model_input` "
-                "or as an argument."
+                "`scheduler.step` was reached before any latents entered, by `prepare_latents`, by "
+                "`scale_model_input` or as an argument."
             )
         if sample is not x and not self._same(sample, x):
             raise ValueError(

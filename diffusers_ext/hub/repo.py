@@ -25,7 +25,8 @@ from .card import RepoCard, default_snippet, fill_in_repo_id
 
 __all__ = ["has_lora_format", "pipeline_code", "push_repo", "save_lora_repo", "save_repo", "write_lora"]
 
-IGNORED = ["checkpoint-*", "checkpoint-*/**", "*.tmp", "*.tmp/**", "logs/**", "samples/**", "cache/**", "precomputed-*/**"]
+IGNORED = ["checkpoint-*", "checkpoint-*/**", "*.tmp", "*.tmp/**", "logs/**", "samples/**", "cache/**"]
+IGNORED += ["precomputed-*/**"]  # an older place
 
 CODE = '''"""Loads {name} from the package `diffusers-ext`."""
 
