@@ -229,8 +229,10 @@ def push_repo(
     folder = Path(save_directory)
     files = ["model_index.json", "pytorch_lora_weights.safetensors", "adapter_model.safetensors"]
     if not any((folder / name).is_file() for name in files):
-        raise ValueError(f"`save_directory` must be a folder with one of {files}, got {str(save_directory)!r}.")
-    api: Any = HfApi()
+        raise ValueError(
+            "`save_directory` must be a folder with model_index.json or pytorch_lora_weights.safetensors (or peft's "
+            f"adapter_model.safetensors), got {str(save_directory)!r}."
+        )
     try:
         _fill_in_repo_id(folder, repo_id)
         api.create_repo(repo_id, private=private, exist_ok=True)

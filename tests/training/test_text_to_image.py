@@ -146,7 +146,7 @@ def test_lora_is_found_by_the_stock_loader_in_another_process(root, tmp_path):
             images = pipe("a dog", height=32, width=32, num_inference_steps=2, generator=generator, output_type="pt")
             torch.save(images.images, folder + "/drawn.pt")
     """
-    done = processes.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    done = processes.run([sys.executable, "-c", textwrap.dedent(script)])
     assert done.returncode == 0, done.stderr
     for i, images in enumerate(expected):
         assert torch.equal(torch.load(tmp_path / str(i) / "drawn.pt"), images)
