@@ -91,8 +91,8 @@ def assert_equal(first, second):
 
 def test_accelerate_launch_leaves_a_complete_repo(tmp_path):
     config = write_config(tmp_path, checkpointing_steps=2)
-    launch = [*LAUNCH, "--config_file", CONFIGS / "single.yaml", "-m", "diffusers_ext.train", "immiscible"]
-    result = execute([*launch, "--config", config])
+    command = [*LAUNCH, "--config_file", CONFIGS / "single.yaml", "-m", "diffusers_ext.train", "immiscible"]
+    result = launch([*command, "--config", config])
     assert result.returncode == 0, result.stderr
     assert "defaults used instead" not in result.stderr
     out = tmp_path / "out"
