@@ -92,6 +92,8 @@ _PUBLIC = {
     "training.noise": ["GaussianNoise", "NoiseStrategy"],
     "training.objectives": ["EpsX0V", "FlowMatching"],
     "training.recipe": ["Modules", "Recipe", "Sample", "StepOutput"],
+    "training.text_arguments": ["TextToImageConfig"],
+    "training.text_to_image": ["TextToImageRecipe"],
     "rng": ["StepRNG"],
     "training.script": ["run_training"],
 }

@@ -19,6 +19,7 @@ METHODS = {
     "mmd_ddm": ("MMDDDMRecipe", "a pretrained denoiser, for few sampling steps"),
     "oms": ("OMSRecipe", "a One More Step module for a base pipeline"),
     "sda_classifier": ("SDAClassifierRecipe", "an image classifier on aligned synthetic images"),
+    "text_to_image": ("TextToImageRecipe", "any text-to-image pipeline of Diffusers, whole or by LoRA"),
 }
 
 

@@ -17,7 +17,7 @@ SECONDS = {
     "tests/generation": 60,
     "tests/methods/noise_diffusion": 60,
     "tests/methods/oms": 120,
-    "tests/training": 200,
+    "tests/training": 260,
 }
 # Files of few tests that take long start first, so that at the end no process waits for one of them.
 LONG = ("tests/test_demo.py", "tests/training/test_launch.py", "tests/test_import.py")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import logging
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
 from .folder import open_folder
@@ -61,39 +61,42 @@ class _Images:
         """Number of classes, 0 without labels."""
         return len(self.class_names) if self.class_names else 0
 
-    def _resized(self, image: Image.Image) -> Image.Image:
-        """Converts to the wanted channels (transparency on white) and brings the shorter side to the resolution."""
+    def _resized(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+        """Converts to the wanted channels (transparency on white) and resizes to cover `(height, width)` just."""
         pixels = eight_bits(pixels_of(image, self.channels))
         image = Image.fromarray(pixels[:, :, 0] if self.channels == 1 else pixels)
-        if min(image.size) == self.resolution:
+        height, width = size
+        scale = max(width / image.width, height / image.height)
+        if scale == 1:
             return image
-        scale = self.resolution / min(image.size)
-        size = [max(self.resolution, round(side * scale)) for side in image.size]
-        return image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
+        covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+        return image.resize(covering, Image.Resampling.LANCZOS)
 
-    def _pixels(self, row: dict[str, Any], name: str) -> np.ndarray:
-        """Decodes a row's image to `(height, width, channels)` uint8, its shorter side at the resolution."""
+    def _pixels(self, row: dict[str, Any], name: str, size: tuple[int, int]) -> np.ndarray:
+        """Decodes a row's image to `(height, width, channels)` uint8, which covers a size just."""
         try:
-            pixels = np.asarray(self._resized(_decoded(row[self.image_column])))
+            pixels = np.asarray(self._resized(_decoded(row[self.image_column]), size))
         except Exception as error:  # Pillow raises many kinds
             raise ValueError(f"image {name} cannot be read: {error}") from error
         return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
-    def _augmented(self, pixels: np.ndarray, generator: torch.Generator | None) -> torch.Tensor:
+    def _augmented(self, pixels: np.ndarray, generator: torch.Generator | None, size: tuple[int, int]) -> torch.Tensor:
         """Crops and flips `(height, width, channels)` uint8 pixels and scales them to [-1, 1]."""
-        free = [side - self.resolution for side in pixels.shape[:2]]
+        free = [side - wanted for side, wanted in zip(pixels.shape[:2], size, strict=True)]
         if self.center_crop:
             top, left = free[0] // 2, free[1] // 2
         else:
             top, left = (int(torch.randint(f + 1, (1,), generator=generator)) if f else 0 for f in free)
-        pixels = pixels[top : top + self.resolution, left : left + self.resolution]
+        pixels = pixels[top : top + size[0], left : left + size[1]]
         if self.random_flip and torch.rand(1, generator=generator) < 0.5:
             pixels = pixels[:, ::-1]
         tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         return tensor.float().div_(127.5).sub_(1.0)
 
-    def _item(self, pixels: np.ndarray, row: dict[str, Any], generator: torch.Generator | None) -> dict[str, Any]:
-        item: dict[str, Any] = {"pixel_values": self._augmented(pixels, generator)}
+    def _item(
+        self, pixels: np.ndarray, row: dict[str, Any], generator: torch.Generator | None, size: tuple[int, int]
+    ) -> dict[str, Any]:
+        item: dict[str, Any] = {"pixel_values": self._augmented(pixels, generator, size)}
         if self.label_column is not None:
             item["label"] = int(row[self.label_column])
         if self.caption_column is not None:
@@ -124,9 +127,11 @@ class ImageDataset(_Images):
         class_names: names of the classes in the order of their labels, or `None`.
         description: one line on where the images come from.
         fingerprint: another one once the source or the columns read of it have changed.
+        sizes: `(height, width)` of each image where they differ; by default all are squares of the resolution.
     """
 
     streaming = False
+    sizes: Sequence[tuple[int, int]] | None = None
 
     def __init__(self, rows: Any, **options: Any) -> None:
         super().__init__(**options)
@@ -158,16 +163,39 @@ class ImageDataset(_Images):
         Raises:
             ValueError: the image cannot be decoded.
         """
+        size = self.sizes[index] if self.sizes is not None else (self.resolution, self.resolution)
         if index not in self._cache:
             row = self._rows[index]
-            pixels = self._pixels(row, _name(row[self.image_column], str(index)))
+            pixels = self._pixels(row, _name(row[self.image_column], str(index)), size)
             kept = {column: row[column] for column in (self.label_column, self.caption_column) if column is not None}
             if self._cached_bytes + pixels.nbytes > CACHE_BYTES:
-                return self._item(pixels, kept, generator)
+                return self._item(pixels, kept, generator, size)
             self._cache[index] = pixels, kept
             self._cached_bytes += pixels.nbytes
         pixels, row = self._cache[index]
-        return self._item(pixels, row, generator)
+        return self._item(pixels, row, generator, size)
+
+    def original_size(self, index: int) -> tuple[int, int]:
+        """Returns `(height, width)` of an image's file, upright; only its header is read."""
+        value = self._rows[index][self.image_column]
+        if isinstance(value, np.ndarray):
+            return value.shape[0], value.shape[1]
+        try:
+            with Image.open(value["path"] if value.get("bytes") is None else io.BytesIO(value["bytes"])) as image:
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+                return (image.width, image.height) if turned else (image.height, image.width)
+        except Exception as error:  # Pillow raises many kinds
+            raise ValueError(f"image {self.name(index)} cannot be read: {error}") from error
+
+    def name(self, index: int) -> str:
+        """Returns what to call an image in a message: its file, where it has one."""
+        return _name(self._rows[index][self.image_column], str(index))
+
+    def captions(self) -> list[str]:
+        """Returns all captions, an empty one where an image has none."""
+        if self.caption_column is None:
+            return [""] * len(self)
+        return [caption or "" for caption in self._rows[self.caption_column]]
 
     def verify(self) -> None:
         """Checks every image's file as far as Pillow can without decoding it.
@@ -217,7 +245,8 @@ class ImageStream(_Images):
             self._uncaptioned += 1
             if str(self._uncaptioned).strip("0") == "1":  # 1, 10, 100, ...
                 logger.warning("images without a caption so far: %d, the last is %s.", self._uncaptioned, name)
-        return self._item(self._pixels(row, name), row, generator)
+        size = (self.resolution, self.resolution)
+        return self._item(self._pixels(row, name, size), row, generator, size)
 
 
 class _Arrays:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import shlex
@@ -14,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
+from safetensors.torch import save_file
 
 from .card import RepoCard, default_snippet, fill_in_repo_id
 
-__all__ = ["pipeline_code", "push_repo", "save_lora_repo", "save_repo"]
+__all__ = ["has_lora_format", "pipeline_code", "push_repo", "save_lora_repo", "save_repo", "write_lora"]
 
-IGNORED = ["checkpoint-*", "checkpoint-*/**", "*.tmp", "*.tmp/**", "logs/**", "samples/**", "precomputed-*/**"]
+IGNORED = ["checkpoint-*", "checkpoint-*/**", "*.tmp", "*.tmp/**", "logs/**", "samples/**", "cache/**"]
+IGNORED += ["precomputed-*/**"]  # an older place
 
 CODE = '''"""Loads {name} from the package `diffusers-ext`."""
 
@@ -101,29 +103,58 @@ def save_lora_repo(
     pipeline: Any,
     save_directory: str | os.PathLike,
     *,
+    network: str = "unet",
     card: RepoCard | None = None,
     sample: Image.Image | None = None,
 ) -> Path:
-    """Writes the LoRA layers of a pipeline's UNet as a Hub repo that `load_lora_weights` reads.
+    """Writes the LoRA layers of a pipeline's network as a Hub repo that `load_lora_weights` reads.
+
+    Of a pipeline without that method (PixArt) they are written as peft does, and
+    `peft.PeftModel.from_pretrained(pipeline.transformer, repo)` puts them into the network.
 
     Args:
-        pipeline: a pipeline with LoRA, whose `unet` has a peft adapter.
+        pipeline: a pipeline whose network has a peft adapter.
         save_directory: the folder; see `save_repo`.
+        network: the component with the adapter, `"unet"` or `"transformer"`.
         card: contents of README.md, `training_arguments.json` and `results.json`; it should bring a snippet.
         sample: picture for the card.
 
     Returns:
         The folder.
     """
+    with _written_whole(save_directory) as folder:
+        write_lora(pipeline, network, folder)
+        _describe(folder, str(save_directory), card, sample)
+    return Path(save_directory)
+
+
+def has_lora_format(pipeline: Any, network: str) -> bool:
+    """Returns whether a pipeline has a format of its own for the LoRA layers of a component."""
+    save = getattr(type(pipeline), "save_lora_weights", None)
+    return save is not None and f"{network}_lora_layers" in inspect.signature(save).parameters
+
+
+def write_lora(pipeline: Any, network: str, folder: Path) -> None:
+    """Writes the LoRA layers of a component into a folder, in fp32; see `save_lora_repo`."""
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+    module = getattr(pipeline, network)
+    layers = get_peft_model_state_dict(module)
+    own = has_lora_format(pipeline, network)
+    if own and network == "unet":
+        layers = convert_state_dict_to_diffusers(layers)
     layers = {name: value.detach().float().cpu().contiguous() for name, value in layers.items()}
-    with _written_whole(save_directory) as folder:
-        type(pipeline).save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
-        _describe(folder, str(save_directory), card, sample)
-    return Path(save_directory)
+    config = module.peft_config["default"]
+    if own:
+        save = type(pipeline).save_lora_weights
+        # Alpha and DoRA are not in the layers.
+        options = {f"{network}_lora_layers": layers, f"{network}_lora_adapter_metadata": config.to_dict()}
+        taken = {k: v for k, v in options.items() if k in inspect.signature(save).parameters}
+        save(folder, **taken, safe_serialization=True)
+    else:
+        save_file({f"base_model.model.{k}": v for k, v in layers.items()}, folder / "adapter_model.safetensors")
+        config.save_pretrained(folder)
 
 
 @contextlib.contextmanager
@@ -195,12 +226,12 @@ def push_repo(
     except HFValidationError as error:
         raise ValueError(f"`repo_id` must be 'organisation/name', got {repo_id!r}: {error}") from error
     folder = Path(save_directory)
-    if not any((folder / name).is_file() for name in ("model_index.json", "pytorch_lora_weights.safetensors")):
+    files = ["model_index.json", "pytorch_lora_weights.safetensors", "adapter_model.safetensors"]
+    if not any((folder / name).is_file() for name in files):
         raise ValueError(
-            "`save_directory` must be a folder with model_index.json or pytorch_lora_weights.safetensors, got "
-            f"{str(save_directory)!r}."
+            "`save_directory` must be a folder with model_index.json or pytorch_lora_weights.safetensors (or peft's "
+            f"adapter_model.safetensors), got {str(save_directory)!r}."
         )
-    api: Any = HfApi()
     try:
         _fill_in_repo_id(folder, repo_id)
         api.create_repo(repo_id, private=private, exist_ok=True)

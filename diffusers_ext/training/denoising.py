@@ -5,7 +5,6 @@ Methods that change one part of this inherit it and override that part.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -24,9 +23,9 @@ from diffusers_ext.generation.pipeline import ImageGenerationPipeline
 from diffusers_ext.hub.card import RepoCard
 
 from .config import described, require
-from .images import ImageConfig, image_dataset
+from .images import image_dataset
 from .networks import make_network, sized_unet
-from .noise import NOISE_STRATEGIES, NoiseStrategy, make_noise, offset_noise
+from .noise import NoiseConfig, NoiseStrategy, offset_noise
 from .objectives import EpsX0V, FlowMatching, Objective
 from .pretrained import check_inference_steps, converted, load_denoiser, loaded
 from .recipe import Context, Modules, Recipe, Sample, StepOutput
@@ -36,7 +35,7 @@ __all__ = ["DenoisingConfig", "DenoisingRecipe"]
 
 
 @dataclass
-class DenoisingConfig(ImageConfig):
+class DenoisingConfig(NoiseConfig):
     """Arguments of image denoisers beside the engine's.
 
     Raises:
@@ -64,9 +63,6 @@ class DenoisingConfig(ImageConfig):
     rescale_betas_zero_snr: bool = described("Rescale the schedule to end in pure noise; needs v_prediction.", False)
     timestep_sampling: Literal["uniform", "logit_normal"] = described("Noise levels of flow matching.", "uniform")
     snr_gamma: float | None = described("Min-SNR weighting with this bound (5 is usual); by default none.")
-    noise: str = described(f"Noise strategy: {', '.join(NOISE_STRATEGIES)}.", "gaussian")
-    noise_options: str | None = described("Arguments of the noise strategy as a JSON object, such as '{\"k\": 8}'.")
-    noise_offset: float = described("Standard deviation of noise that all pixels of a channel share.", 0.0)
     validation_inference_steps: int = described("Sampling steps of validation pictures.", 50)
 
     def __post_init__(self) -> None:
@@ -78,9 +74,7 @@ class DenoisingConfig(ImageConfig):
         for name in ("num_train_timesteps", "validation_inference_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         require(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "a number in [0, 1)")
-        require(self.noise_offset >= 0, "noise_offset", self.noise_offset, "a number >= 0")
         require(self.snr_gamma is None or self.snr_gamma > 0, "snr_gamma", self.snr_gamma, "a number > 0")
-        require(self.noise in NOISE_STRATEGIES, "noise", self.noise, f"one of {sorted(NOISE_STRATEGIES)}")
         require(0 < self.beta_start < 1, "beta_start", self.beta_start, "a number between 0 and 1")
         accepted = f"a number below 1 and not below `beta_start`, {self.beta_start}"
         require(self.beta_start <= self.beta_end < 1, "beta_end", self.beta_end, accepted)
@@ -96,23 +90,6 @@ class DenoisingConfig(ImageConfig):
                 "`timestep_sampling` must be 'uniform' unless `prediction_type` is 'flow', got "
                 f"{self.timestep_sampling!r} and {self.prediction_type!r}."
             )
-        self.make_noise()
-
-    def make_noise(self) -> NoiseStrategy:
-        """Makes the noise strategy that the arguments describe.
-
-        Raises:
-            ValueError: an option is unknown to the strategy or outside its range.
-        """
-        try:
-            options = json.loads(self.noise_options or "{}")
-            require(isinstance(options, dict), "noise_options", self.noise_options, "a JSON object")
-            return make_noise(self.noise, **options)
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(
-                f"`noise_options` must be a JSON object of arguments of {NOISE_STRATEGIES[self.noise]}, got "
-                f"{self.noise_options!r}: {error}."
-            ) from error
 
 
 ConfigT = TypeVar("ConfigT", bound=DenoisingConfig)

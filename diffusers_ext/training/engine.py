@@ -28,6 +28,7 @@ from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 
+from diffusers_ext.data.buckets import BucketBatchSampler
 from diffusers_ext.data.sampler import PositionalBatchSampler, SeededDataset, StreamingBatches
 from diffusers_ext.hub.repo import push_repo
 from diffusers_ext.rng import StepRNG, mix
@@ -199,14 +200,17 @@ class Trainer:
         self.dataset = self.recipe.dataset(ctx)
         self._plan()
         ctx.modules = modules = self.recipe.setup(ctx)
-        modules.trainable.float().train()
+        for p in modules.trainable.parameters():
+            if p.requires_grad:  # what is frozen, beneath LoRA layers, keeps its precision
+                p.data = p.data.float()
+        modules.trainable.train()
         self._originals = self._saved_weights() if weight_dtype != torch.float32 else {}
         for module in modules.frozen.values():
             module.requires_grad_(False).eval().to(accelerator.device)
             # Diffusers warns about casts, even of nothing.
             if any(p.dtype != weight_dtype for p in module.parameters()):
                 module.to(weight_dtype)
-        if config.gradient_checkpointing:
+        if config.gradient_checkpointing and hasattr(modules.trainable, "enable_gradient_checkpointing"):
             modules.trainable.enable_gradient_checkpointing()
         sharding = (DistributedType.FSDP, DistributedType.DEEPSPEED)
         # A sharded module cannot be saved as it stands: an unsharded twin takes the gathered weights.
@@ -245,6 +249,7 @@ class Trainer:
         self._micro_batch = config.train_batch_size * world
         self._streaming = getattr(self.dataset, "streaming", False)
         update = self._micro_batch * config.gradient_accumulation_steps
+        buckets = getattr(self.dataset, "buckets", None)
         if not self._streaming:
             fits = f"small enough for an update of {update} samples in all from the data's {len(self.dataset)}"
             require(update <= len(self.dataset), "train_batch_size", config.train_batch_size, fits)
@@ -255,6 +260,8 @@ class Trainer:
         else:
             assert config.num_train_epochs is not None
             self.total_steps = config.num_train_epochs * (len(self.dataset) // update)
+            if buckets is not None:
+                self.total_steps = sum(config.num_train_epochs * len(bucket) // update for bucket in buckets)
         config.check_warmup(self.total_steps)
 
     def _prepare(self) -> None:
@@ -356,7 +363,10 @@ class Trainer:
         if self._streaming:
             batches = StreamingBatches(self.dataset, config.train_batch_size, **position)
             return DataLoader(batches, batch_size=None, **common)
-        sampler = PositionalBatchSampler(len(self.dataset), config.train_batch_size, **position)
+        if getattr(self.dataset, "buckets", None) is not None:
+            sampler: Any = BucketBatchSampler(self.dataset.buckets, config.train_batch_size, **position)
+        else:
+            sampler = PositionalBatchSampler(len(self.dataset), config.train_batch_size, **position)
         return DataLoader(SeededDataset(self.dataset, config.seed), batch_sampler=sampler, **common)
 
     # -- the loop --------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,7 +13,10 @@ from accelerate import Accelerator
 
 from diffusers_ext.rng import StepRNG
 
-__all__ = ["NOISE_STRATEGIES", "GaussianNoise", "NoiseStrategy", "make_noise", "offset_noise"]
+from .config import described, require
+from .images import ImageConfig
+
+__all__ = ["NOISE_STRATEGIES", "GaussianNoise", "NoiseConfig", "NoiseStrategy", "make_noise", "offset_noise"]
 
 # Name on the command line -> public class of `diffusers_ext`. Methods add a line here and keep their class in their
 # own folder; it is resolved through the package root when it is used.
@@ -112,3 +117,38 @@ def make_noise(name: str, **options: Any) -> NoiseStrategy:
     if name not in NOISE_STRATEGIES:
         raise ValueError(f"`noise` must be one of {sorted(NOISE_STRATEGIES)}, got {name!r}.")
     return getattr(importlib.import_module("diffusers_ext"), NOISE_STRATEGIES[name])(**options)
+
+
+@dataclass
+class NoiseConfig(ImageConfig):
+    """Arguments of recipes that add noise to images, beside the data's and the engine's.
+
+    Raises:
+        ValueError: an argument is outside its range, or an option does not fit the strategy.
+    """
+
+    noise: str = described(f"Noise strategy: {', '.join(NOISE_STRATEGIES)}.", "gaussian")
+    noise_options: str | None = described("Arguments of the noise strategy as a JSON object, such as '{\"k\": 8}'.")
+    noise_offset: float = described("Standard deviation of noise that all pixels of a channel share.", 0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.noise_offset >= 0, "noise_offset", self.noise_offset, "a number >= 0")
+        require(self.noise in NOISE_STRATEGIES, "noise", self.noise, f"one of {sorted(NOISE_STRATEGIES)}")
+        self.make_noise()
+
+    def make_noise(self) -> NoiseStrategy:
+        """Makes the noise strategy that the arguments describe.
+
+        Raises:
+            ValueError: an option is unknown to the strategy or outside its range.
+        """
+        try:
+            options = json.loads(self.noise_options or "{}")
+            require(isinstance(options, dict), "noise_options", self.noise_options, "a JSON object")
+            return make_noise(self.noise, **options)
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(
+                f"`noise_options` must be a JSON object of arguments of {NOISE_STRATEGIES[self.noise]}, got "
+                f"{self.noise_options!r}: {error}."
+            ) from error

@@ -117,10 +117,10 @@ def check_inference_steps(scheduler: Any, argument: str, steps: int) -> None:
         ) from error
 
 
-def loaded(argument: str, kind: Any, name: str) -> Any:
-    """Loads from the Hub or a folder; a failure names the argument."""
+def loaded(argument: str, kind: Any, name: str, **options: Any) -> Any:
+    """Loads from the Hub or a folder, in fp32 if `options` do not say otherwise; a failure names the argument."""
     try:
-        return kind.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
+        return kind.from_pretrained(name, use_safetensors=True, **{"dtype": torch.float32, **options})
     except Exception as error:  # the libraries raise many kinds
         raise ValueError(
             f"`{argument}` must be a Hub repo or a folder that `{kind.__name__}` loads, got {name!r}: {error}"

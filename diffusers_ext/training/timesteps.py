@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 
 from diffusers_ext.rng import StepRNG
 
-__all__ = ["LogitNormalTimesteps", "Timesteps", "UniformTimesteps"]
+__all__ = ["LogitNormalTimesteps", "ShiftedNoiseLevels", "Timesteps", "UniformTimesteps"]
 
 
 class Timesteps:
@@ -48,3 +49,37 @@ class LogitNormalTimesteps(Timesteps):
     ) -> torch.Tensor:
         """Returns `(n,)` float32 noise levels in `(0, 1)`."""
         return torch.sigmoid(rng.randn_like(torch.empty(n, device=device), ids, stream="timesteps"))
+
+
+Density = Literal["uniform", "logit_normal", "mode"]
+
+
+class ShiftedNoiseLevels(Timesteps):
+    r"""Noise levels of flow matching: a density, then the shift that the sampler's schedule has at this size.
+
+    The densities are those of Stable Diffusion 3 (arXiv 2403.03206, section 3.1), as
+    `diffusers.training_utils.compute_density_for_timestep_sampling` has them: `sigmoid(N(0, 1))` for `"logit_normal"`
+    and \(1 - u - s (\cos^2(\pi u / 2) - 1 + u)\) with \(s = 1.29\) for `"mode"`.
+
+    Args:
+        density: `"uniform"`, `"logit_normal"` or `"mode"`.
+        shift: function of noise levels, elementwise; by default none.
+    """
+
+    def __init__(
+        self, density: Density = "uniform", shift: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> None:
+        self.density, self.shift = density, shift
+
+    def __call__(
+        self, n: int, rng: StepRNG, ids: Sequence[int] | None = None, device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
+        """Returns `(n,)` float32 noise levels in `(0, 1]`."""
+        if self.density == "logit_normal":
+            levels = LogitNormalTimesteps()(n, rng, ids, device)
+        else:
+            levels = 1 - rng.rand(n, ids, device=device)
+            if self.density == "mode":
+                levels = 1 - levels - 1.29 * (torch.cos(torch.pi / 2 * levels) ** 2 - 1 + levels)
+        levels = levels.clamp(min=1e-4)
+        return levels if self.shift is None else self.shift(levels)

@@ -19,11 +19,11 @@ from diffusers_ext.training.config import described, require
 from diffusers_ext.training.images import ImageConfig, image_dataset
 from diffusers_ext.training.objectives import EpsX0V, FlowMatching
 from diffusers_ext.training.pretrained import check_image_size, check_inference_steps
+from diffusers_ext.training.prior import PairedDataset, class_images
 from diffusers_ext.training.recipe import Context, Modules, Recipe, StepOutput
 from diffusers_ext.training.timesteps import UniformTimesteps
 
 from .losses import DomainStudioLoss
-from .prior import PairedDataset, class_images
 from .text import TextModel
 from .unconditional import UnconditionalModel
 from .variance import LearnedVariance

@@ -36,8 +36,8 @@ from diffusers_ext import (
     push_repo,
     save_repo,
 )
-from diffusers_ext.methods.domain_studio.prior import class_images
 from diffusers_ext.methods.domain_studio.unconditional import UnconditionalModel
+from diffusers_ext.training.prior import class_images
 from tests import processes
 from tests.methods.oms.tiny import stable_diffusion
 from tests.training.tiny import UNET, Record

@@ -43,7 +43,7 @@ class PairedDataset:
 
 
 def class_images(
-    pipeline: Any, prompt: str, folder: str | os.PathLike, count: int, batch_size: int, seed: int
+    pipeline: Any, prompt: str, folder: str | os.PathLike, count: int, batch_size: int, seed: int, **call: Any
 ) -> None:
     """Generates images of a class until a folder holds enough; an interrupted start goes on where it stopped.
 
@@ -54,6 +54,7 @@ def class_images(
         count: how many there must be.
         batch_size: images at a time.
         seed: image `i` depends on it and on `i` alone.
+        **call: further arguments of the pipeline's call.
 
     Raises:
         ValueError: the folder's images were generated for another class.
@@ -71,17 +72,19 @@ def class_images(
         note.write_text(prompt, encoding="utf-8")
     pipeline.set_progress_bar_config(disable=True)
     # A safety checker would put black images among them.
-    checker, pipeline.safety_checker = pipeline.safety_checker, None
+    checked = getattr(pipeline, "safety_checker", None)
+    if checked is not None:
+        pipeline.safety_checker = None
     steps = min(20, pipeline.scheduler.config.num_train_timesteps)
     with tqdm(total=len(missing), desc="class images", unit="image", disable=not missing) as bar:
         for start in range(0, len(missing), batch_size):
             part = missing[start : start + batch_size]
             generators = [torch.Generator().manual_seed(mix(seed, CLASS_IMAGE, i)) for i in part]
-            images = pipeline([prompt] * len(part), num_inference_steps=steps, generator=generators).images
+            images = pipeline([prompt] * len(part), num_inference_steps=steps, generator=generators, **call).images
             for i, image in zip(part, images, strict=True):
                 partial = target / f"{i:05d}.tmp"
                 image.save(partial, format="PNG")
                 os.replace(partial, target / f"{i:05d}.png")
                 bar.update()
-    # By plain assignment the pipeline would be saved without it.
-    pipeline.register_modules(safety_checker=checker)
+    if checked is not None:  # by plain assignment the pipeline would be saved without it
+        pipeline.register_modules(safety_checker=checked)

@@ -1,0 +1,174 @@
+"""LoRA layers on the network of any pipeline, in the format that the pipeline itself loads."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, init_empty_weights
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from diffusers_ext.hub.repo import has_lora_format, write_lora
+
+from .adapters import require_peft
+
+__all__ = ["DEFAULT_TARGETS", "adapters_off", "add_lora", "check_loads_again", "save_only_trained"]
+
+DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+TRAINED = "trained.safetensors"
+
+
+def add_lora(
+    network: Any, rank: int, alpha: float | None = None, targets: Sequence[str] | None = None, dora: bool = False
+) -> None:
+    """Freezes a network and adds LoRA layers to it, which start as no change at all.
+
+    Args:
+        network: a Diffusers model.
+        rank: rank of the layers.
+        alpha: their scale is `alpha / rank`; by default `rank`.
+        targets: names of layers, or ends of their names; by default the projections of attention.
+        dora: train the magnitude of each target too (DoRA, arXiv 2402.09353).
+
+    Raises:
+        ValueError: peft is missing, or a target names no layer; close names are listed.
+    """
+    require_peft("lora_rank")
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    chosen = list(targets or DEFAULT_TARGETS)
+    missing = [target for target in chosen if not any(_matches(name, target) for name in layers)]
+    if targets is None and len(missing) < len(chosen):
+        chosen = [target for target in chosen if target not in missing]
+    elif missing:
+        ends = sorted({end for name in layers for end in _ends(name)})
+        close = [name for target in missing for name in difflib.get_close_matches(target, ends, n=3, cutoff=0.4)]
+        raise ValueError(
+            f"`lora_targets` must name linear or convolution layers of {type(network).__name__}, got {missing}; "
+            f"{'close names are' if close else 'it has'} {sorted(set(close or ends))[:12]}."
+        )
+    network.requires_grad_(False)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
+        init_lora_weights="gaussian",
+        # By whole names: an end of a name may also be that of a block, which peft refuses.
+        target_modules=[name for name in layers if any(_matches(name, target) for target in chosen)],
+        use_dora=dora,
+    )
+    if hasattr(network, "add_adapter"):
+        network.add_adapter(config)
+    else:
+        inject_adapter_in_model(config, network)
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _ends(name: str) -> list[str]:
+    """Returns the last word of a name, with the one before it where the last is a number."""
+    words = name.split(".")
+    return [".".join(words[-2:])] if words[-1].isdigit() and len(words) > 1 else [words[-1]]
+
+
+def _adapters(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a network's LoRA parameters, whatever the adapter is called."""
+    return {
+        ".".join(word for word in name.split(".") if word not in ("default", "default_0")): tuple(p.shape)
+        for name, p in network.named_parameters()
+        if "lora_" in name
+    }
+
+
+def check_loads_again(pipe: Any, network_name: str, targets: Sequence[str] | None) -> None:
+    """Saves the untrained LoRA layers and has the pipeline load them, into a network without memory.
+
+    Args:
+        pipe: the pipeline, whose network has LoRA layers.
+        network_name: the component that they belong to.
+        targets: what they were added to, for the message.
+
+    Raises:
+        ValueError: the pipeline's own loader does not find all of them again.
+    """
+    network = getattr(pipe, network_name)
+    with init_empty_weights():
+        twin: Any = type(network).from_config(dict(network.config))
+    before, failure = _adapters(network), ""
+    with tempfile.TemporaryDirectory() as folder:
+        write_lora(pipe, network_name, Path(folder))
+        try:
+            if has_lora_format(pipe, network_name):
+                other = copy.copy(pipe)
+                setattr(other, network_name, twin)
+                other.load_lora_weights(folder, low_cpu_mem_usage=True)
+            else:
+                from peft import PeftModel
+
+                PeftModel.from_pretrained(twin, folder, low_cpu_mem_usage=True)
+        except Exception as error:  # the loaders raise many kinds
+            failure = f" ({type(error).__name__}: {error})"
+    after = _adapters(twin)
+    lost = sorted(name for name in before if after.get(name) != before[name])
+    if failure or lost or len(after) != len(before):
+        names = sorted({name.split(".lora_")[0] for name in lost})
+        raise ValueError(
+            f"`lora_targets` must be layers that {type(pipe).__name__}.load_lora_weights finds again, got "
+            f"{list(targets or DEFAULT_TARGETS)}: {len(names)} layers would be lost, first {names[:3]}{failure}."
+        )
+
+
+def save_only_trained(accelerator: Accelerator, trainable: nn.Module) -> None:
+    """Lets checkpoints hold the parameters that are trained, and not the frozen network around them.
+
+    Args:
+        accelerator: the run's; nothing is changed where it shards the network.
+        trainable: the module, before it is prepared.
+    """
+    names = [name for name, p in trainable.named_parameters() if p.requires_grad]
+    if accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+        return
+
+    def save(models: list[Any], weights: list[Any], folder: str) -> None:
+        if accelerator.is_main_process:
+            state = accelerator.unwrap_model(models[0]).state_dict()
+            save_file({name: state[name].detach().cpu().contiguous() for name in names}, Path(folder) / TRAINED)
+        weights.clear()
+
+    def load(models: list[Any], folder: str) -> None:
+        module = accelerator.unwrap_model(models.pop())
+        saved = load_file(Path(folder) / TRAINED)
+        parameters = dict(module.named_parameters())
+        with torch.no_grad():
+            for name in names:
+                parameters[name].copy_(saved[name])
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+@contextlib.contextmanager
+def adapters_off(network: Any) -> Iterator[None]:
+    """Turns a network into its base for a while: the LoRA layers are off, and so is dropout."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    was_training = network.training
+    network.eval()
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        network.train(was_training)
