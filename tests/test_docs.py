@@ -126,7 +126,7 @@ def strings():
 
 def test_messages_of_the_troubleshooting_page_are_the_code_s():
     def pieces(text):
-        return [piece for piece in re.split("…", text) if len(piece) > 8]
+        return [piece.strip() for piece in text.split("…") if len(piece) > 8]
 
     page = (ROOT / "docs" / "guides" / "troubleshooting.md").read_text()
     messages = re.findall(r"^(?:or )?\*\*`` ?(.+?) ?``\*\*", page, re.MULTILINE)
