@@ -233,6 +233,7 @@ def push_repo(
             "`save_directory` must be a folder with model_index.json or pytorch_lora_weights.safetensors (or peft's "
             f"adapter_model.safetensors), got {str(save_directory)!r}."
         )
+    api: Any = HfApi()
     try:
         _fill_in_repo_id(folder, repo_id)
         api.create_repo(repo_id, private=private, exist_ok=True)
