@@ -59,6 +59,7 @@ def main():
     read = classifier()(as_digits(drawn)).argmax(1) == torch.arange(10).repeat_interleave(10)
     rows = [torch.cat(list(drawn[i::10][:10]), 2) for i in range(4)]
     sample = (torch.cat(rows, 1).permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()
+    arguments = json.loads(json.dumps(config.to_dict()).replace(f"{ROOT}/", ""))
     card = RepoCard(
         method="Handwritten digits from text",
         description="A tiny text-to-image model, a stock StableDiffusion3Pipeline of 1.1 million weights that draws "
@@ -67,7 +68,7 @@ def main():
         license="apache-2.0",
         tags=["diffusers-ext", "text-to-image"],
         snippet=SNIPPET,
-        arguments={"command": "python -m benchmarks.any_pipeline.ship", **json.loads(json.dumps(config.to_dict()))},
+        arguments={"command": "python -m benchmarks.any_pipeline.ship", **arguments},
         results={"accuracy of the prompt, 100 images": read.float().mean().item()},
         pipeline_tag="text-to-image",
     )
