@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-__all__ = ["ASSETS", "CLASSIFIER", "DIGITS"]
+__all__ = ["ASSETS", "CLASSIFIER", "DIGITS", "TEXT_TO_IMAGE"]
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 """Everything that ships with the package."""
@@ -10,3 +10,5 @@ DIGITS = ASSETS / "digits" / "digits.npz"
 """1,000 handwritten digits, 28x28, 100 of each class: held out from all training of shipped models."""
 CLASSIFIER = ASSETS / "digits-classifier"
 """An `ImageClassifierFeatures` trained on 4,000 other digits."""
+TEXT_TO_IMAGE = ASSETS / "digits-text"
+"""A stock `StableDiffusion3Pipeline` that draws digits from prompts such as "a handwritten three"."""
