@@ -3,7 +3,8 @@
 README.md and two pages of docs get one row a method with its headline (benchmarks/headlines.py), each method's page
 the sentences of its figures, docs/results.md those and the whole tables of the experiments. A result says how its
 figures make up a table: `"table": {"of": head of the first column, "rows": {key: title}, "columns": {key: title}}`;
-a cell is the figure `{column key}_{row key}`. The sentences stand in each benchmark's `SAYS`, from where they are
+a cell is the figure `{column key}_{row key}`, or a text of `"cells": {row key: {column key: text}}`.
+The sentences stand in each benchmark's `SAYS`, from where they are
 brought into its results file, so that a better sentence needs no new run.
 
 python -m benchmarks.report           # rewrites them
@@ -23,6 +24,10 @@ from benchmarks.headlines import METHODS
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- results: python -m benchmarks.report -->\n", "<!-- end of results -->\n"
+SHARED = {
+    "any_pipeline": ("Any pipeline", "guides/any_pipeline.md"),
+    "training": ("Training engine", "guides/train_and_resume.md"),
+}
 COMPARE = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 
 
@@ -85,6 +90,11 @@ def declared(result):
     lines = [f"| {table['of']} | " + " | ".join(table["columns"].values()) + " |"]
     lines.append("|---|" + "---|" * len(table["columns"]))
     for row, title in table["rows"].items():
+        if "cells" in table:
+            lines.append(
+                f"| {title} | " + " | ".join(table["cells"][row][column] for column in table["columns"]) + " |"
+            )
+            continue
         cells = [shown(figures[key]) if (key := f"{column}_{row}") in figures else "" for column in table["columns"]]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return lines
@@ -131,12 +141,13 @@ def texts(results):
     found = {document: overview(results, folder) for document, folder in folders.items()}
     chapters = []
     for name, group in results.items():
-        title = METHODS[name]["title"] if name in METHODS else "Training engine"
-        page = f"methods/{name}.md" if name in METHODS else "guides/train_and_resume.md"
+        title, page = (METHODS[name]["title"], f"methods/{name}.md") if name in METHODS else SHARED[name]
         chapters.append(f"## {title}\n\nWhat the words mean and what it shows: [{title}]({page}).")
         chapters.append(sections(group, whole=True))
         if name in METHODS:
             found[f"docs/methods/{name}.md"] = sections(group, whole=False)
+        if name == "any_pipeline":
+            found[f"docs/{page}"] = sections(group, whole=True)
     return found | {"docs/results.md": "\n\n".join(chapters)}
 
 

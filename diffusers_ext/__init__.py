@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 # The public index: where each flat name lives. A method adds its lines here.
 _PUBLIC = {
+    "data.assets": ["asset_path"],
     "data.corruptions": ["corrupt"],
     "data.sampler": ["PositionalBatchSampler", "SeededDataset"],
     "data.sources": ["load_images"],

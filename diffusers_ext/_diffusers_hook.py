@@ -1,15 +1,17 @@
 """Makes this package's pipelines loadable by Diffusers, in one place.
 
 `DiffusionPipeline.from_pretrained` looks a repo's `_class_name` up as an attribute of the module `diffusers`,
-downloads components of listed libraries only, and takes a component's loading method from a base class that it looks
-up in the component's own module.
+downloads components of listed libraries only, takes a component's loading method from a base class that it looks up in
+the component's own module, and loads a pipeline within a pipeline without telling it dtype, variant or format.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -37,7 +39,7 @@ def install(modules: Mapping[str, str]) -> None:
             try:
                 if own is not None:
                     value = own(name)
-                    _allow_downloads()
+                    _prepare_loader()
                     return value
                 raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
             except AttributeError:
@@ -51,14 +53,78 @@ def install(modules: Mapping[str, str]) -> None:
 
     WithExtension.__name__ = base.__name__
     module.__class__ = WithExtension
-    _allow_downloads()
+    _prepare_loader()
 
 
-def _allow_downloads() -> None:
-    """Lists this package among the libraries whose components Diffusers downloads, once its loader is loaded."""
-    loader = sys.modules.get("diffusers.pipelines.pipeline_loading_utils")
-    if loader is not None:
-        getattr(loader, "LOADABLE_CLASSES", {}).setdefault("diffusers_ext", {})
+def _prepare_loader() -> None:
+    """Adapts Diffusers' loader to this package's pipelines, once it is loaded."""
+    classes = sys.modules.get("diffusers.pipelines.pipeline_loading_utils")
+    if classes is not None:  # libraries whose components Diffusers downloads
+        getattr(classes, "LOADABLE_CLASSES", {}).setdefault("diffusers_ext", {})
+    loader: Any = sys.modules.get("diffusers.pipelines.pipeline_utils")
+    if hasattr(loader, "DiffusionPipeline") and not hasattr(loader.load_sub_model, "__wrapped__"):
+        loader._identify_model_variants = _past_nested_pipelines(loader._identify_model_variants)
+        loader.load_sub_model = _with_nested_pipelines(loader.load_sub_model)
+    auto: Any = sys.modules.get("diffusers.pipelines.auto_pipeline")
+    if hasattr(auto, "AutoPipelineForText2Image") and not hasattr(auto._get_task_class, "__wrapped__"):
+        auto._get_task_class = _with_one_more_step(auto._get_task_class, auto.AUTO_TEXT2IMAGE_PIPELINES_MAPPING)
+
+
+def _is_pipeline(folder: Any, name: str) -> bool:
+    return (Path(folder) / name / "model_index.json").is_file()
+
+
+def _past_nested_pipelines(identify: Any) -> Any:
+    """Mends the search for variants, which ends in an IndexError where a component is a pipeline itself."""
+
+    @functools.wraps(identify)
+    def identify_model_variants(folder: Any, variant: str | None, config: dict[str, Any]) -> dict[str, str]:
+        nested = [name for name in config if _is_pipeline(folder, name)]
+        found = identify(folder, variant, {name: entry for name, entry in config.items() if name not in nested})
+        if variant is not None:
+            found |= {name: variant for name in nested if any((Path(folder) / name).rglob(f"*.{variant}*"))}
+        return found
+
+    return identify_model_variants
+
+
+def _with_nested_pipelines(load: Any) -> Any:
+    """Lets a pipeline within one of ours load in the dtype, variant and format that the outer one was asked for."""
+
+    @functools.wraps(load)
+    def load_sub_model(**options: Any) -> Any:
+        ours = options["pipeline_class"].__module__ == "diffusers_ext"
+        if not (ours and _is_pipeline(options["cached_folder"], options["name"])):
+            return load(**options)
+        from diffusers.pipelines.pipeline_loading_utils import get_class_obj_and_candidates
+
+        same = ("library_name", "class_name", "importable_classes", "pipelines", "is_pipeline_module")
+        kind: Any = get_class_obj_and_candidates(
+            **{name: options[name] for name in (*same, "trust_remote_code")},
+            component_name=options["name"],
+            cache_dir=options["cached_folder"],
+        )[0]
+        passed = ("dtype", "use_safetensors", "low_cpu_mem_usage", "quantization_config", "trust_remote_code")
+        return kind.from_pretrained(
+            str(Path(options["cached_folder"]) / options["name"]),
+            variant=options["model_variants"].pop(options["name"], None),
+            device_map=options["device_map"] if isinstance(options["device_map"], str) else None,
+            **{name: options[name] for name in passed},
+        )
+
+    return load_sub_model
+
+
+def _with_one_more_step(find: Any, text_to_image: Any) -> Any:
+    """Lets `AutoPipelineForText2Image` load `OMSPipeline`, without importing it before."""
+
+    @functools.wraps(find)
+    def get_task_class(mapping: Any, pipeline_class_name: str, *args: Any, **kwargs: Any) -> Any:
+        if pipeline_class_name == "OMSPipeline" and mapping is text_to_image:
+            return importlib.import_module("diffusers_ext").OMSPipeline
+        return find(mapping, pipeline_class_name, *args, **kwargs)
+
+    return get_task_class
 
 
 def loadable_base_class(name: str) -> Any:

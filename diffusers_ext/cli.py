@@ -90,6 +90,17 @@ def config(words: list[str]) -> None:
         print(f"{found:16} {first.lstrip('# ') if first.startswith('#') else 'Arguments of a `UNet2DModel`.'}")
 
 
+def asset(words: list[str]) -> None:
+    """Prints the folder of a shipped model or data set, or lists them."""
+    from diffusers_ext.data.assets import ASSETS
+
+    shipped = sorted(path.name for path in ASSETS.iterdir() if path.is_dir())
+    parser = _parser("asset")
+    parser.add_argument("name", nargs="?", choices=shipped, metavar="NAME", help=f"one of {', '.join(shipped)}")
+    name = parser.parse_args(words).name
+    print("\n".join(shipped) if name is None else ASSETS / name)
+
+
 def info(words: list[str]) -> None:
     """Prints versions and public names."""
     _parser("info").parse_args(words)
@@ -133,6 +144,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "app": ("serve the shipped models as a web page on this machine", app),
     "train": ("train a method", train),
     "config": ("list the shipped configurations, or print the path of one", config),
+    "asset": ("list the shipped models and data, or print the folder of one", asset),
     "generate": ("make a labelled synthetic set with a diffusion pipeline", _sda("generate", "GenerateConfig")),
     "align": ("take a labelled set through a diffusion model", _sda("align", "AlignSetConfig")),
     "evaluate": ("measure an SDATTAPipeline on clean and corrupted images", _sda("evaluate", "EvaluateConfig")),

@@ -12,7 +12,13 @@ torch.set_num_threads(1)
 # Seconds of one core that the tests of a folder may take, or all of the files that stand in none; a folder that is not
 # named here gets those of a method. With TEST_BUDGET=1, as .ci/run sets it, half as much again fails the run.
 METHOD = 40
-SECONDS = {"tests": 200, "tests/methods/noise_diffusion": 60, "tests/methods/oms": 120, "tests/training": 260}
+SECONDS = {
+    "tests": 200,
+    "tests/generation": 60,
+    "tests/methods/noise_diffusion": 60,
+    "tests/methods/oms": 120,
+    "tests/training": 260,
+}
 # Files of few tests that take long start first, so that at the end no process waits for one of them.
 LONG = ("tests/test_demo.py", "tests/training/test_launch.py", "tests/test_import.py")
 spent: Counter[str] = Counter()

@@ -30,6 +30,8 @@ def test_info_names_versions_and_public_names():
 
 
 def test_demo_loads_draws_measures_finetunes_and_reloads(tmp_path):
+    (tmp_path / "digits-finetuned").mkdir()
+    (tmp_path / "digits-finetuned" / "model_index.json").write_text("{}")  # as an earlier demo leaves one
     text = command("demo", "--output_dir", str(tmp_path))
     trained, untrained = map(float, re.search(r"real digits: ([\d.]+); of an untrained net: ([\d.]+)", text).groups())
     assert trained * 5 < untrained

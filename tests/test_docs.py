@@ -126,7 +126,7 @@ def strings():
 
 def test_messages_of_the_troubleshooting_page_are_the_code_s():
     def pieces(text):
-        return [piece for piece in re.split("…", text) if len(piece) > 8]
+        return [piece.strip() for piece in text.split("…") if len(piece) > 8]
 
     page = (ROOT / "docs" / "guides" / "troubleshooting.md").read_text()
     messages = re.findall(r"^(?:or )?\*\*`` ?(.+?) ?``\*\*", page, re.MULTILINE)
@@ -173,6 +173,7 @@ def lines(block):
     """The commands of a block as lists of words; variables are filled in, comments and `&&` taken apart."""
     variables = {}
     shipped = re.sub(r"\$\(diffusers-ext config (\w+)\)", r"training/configs/\1.yaml", block)
+    shipped = re.sub(r"\$\(diffusers-ext asset ([\w-]+)\)", r"diffusers_ext/assets/\1", shipped)
     for line in shipped.replace("\\\n", " ").splitlines():
         for command in line.split("&&"):
             words = shlex.split(command, comments=True)
@@ -203,7 +204,7 @@ def check_command(words):
         )
     elif "diffusers-ext" in words:
         command, *arguments = words[words.index("diffusers-ext") + 1 :]
-        if command in ("demo", "info"):
+        if command in ("demo", "info", "asset", "config"):
             return
         if command != "train":
             config = {"generate": "GenerateConfig", "align": "AlignSetConfig", "evaluate": "EvaluateConfig"}[command]

@@ -1,17 +1,22 @@
 """Further text-to-image pipelines with tiny components, beside the ten of the tests."""
 
+import inspect
+
 import diffusers
 import torch
 import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from tests.tiny_pipelines import (
+    FAMILIES,
     VOCAB,
     autoencoder,
     clip,
     deep_compression_autoencoder,
     flux_2_autoencoder,
+    flux_2_klein,
     gemma2,
+    pixart_sigma,
     qwen3,
     qwen_image_autoencoder,
     qwen_vl,
@@ -111,13 +116,9 @@ def latent_consistency():
 
 def with_perturbed_attention(base, name):
     def build():
-        from tests.tiny_pipelines import FAMILIES
-
         pipe = FAMILIES[base]()
         known = {**pipe.components, "safety_checker": None, "feature_extractor": None, "image_encoder": None}
         cls = getattr(diffusers, name)
-        import inspect
-
         taken = inspect.signature(cls.__init__).parameters
         extra = {"requires_safety_checker": False, "add_watermarker": False}
         return cls(**{k: v for k, v in {**known, **extra}.items() if k in taken})
@@ -126,8 +127,6 @@ def with_perturbed_attention(base, name):
 
 
 def pixart_alpha():
-    from tests.tiny_pipelines import pixart_sigma
-
     parts = pixart_sigma().components
     return diffusers.PixArtAlphaPipeline(**{**parts, "scheduler": diffusers.DPMSolverMultistepScheduler()})
 
@@ -305,8 +304,6 @@ def flux_2():
 
 
 def flux_2_klein_kv():
-    from tests.tiny_pipelines import flux_2_klein
-
     return diffusers.Flux2KleinKVPipeline(**flux_2_klein().components)
 
 
@@ -320,7 +317,7 @@ def hidream():
             num_single_layers=1,
             attention_head_dim=8,
             num_attention_heads=4,
-            caption_channels=[16, 32],
+            caption_channels=[32, 16],
             text_emb_dim=64,
             axes_dims_rope=(4, 2, 2),
             max_resolution=(64, 64),
@@ -386,9 +383,9 @@ def kandinsky_3():
             encoder_hid_dim=32,
         ),
         movq=diffusers.VQModel(
-            block_out_channels=(32, 32),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(32,) * 4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
             latent_channels=4,
             norm_num_groups=8,
             norm_type="spatial",
@@ -548,34 +545,6 @@ def ovis():
     )
 
 
-def t5_gemma(width=16):
-    part = {
-        "vocab_size": VOCAB,
-        "hidden_size": width,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "layer_types": ["full_attention"],
-        "max_position_embeddings": 256,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "dropout_rate": 0.0,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "rms_norm_eps": 1e-6,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-        "query_pre_attn_scalar": 8,
-        "rope_theta": 10000.0,
-        "sliding_window": 4096,
-    }
-    from transformers.models.t5gemma.configuration_t5gemma import T5GemmaConfig, T5GemmaModuleConfig
-    from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
-
-    return T5GemmaEncoder(T5GemmaConfig(encoder=T5GemmaModuleConfig(**part), is_encoder_decoder=False, **part))
-
-
 def prx(pixels=False):
     transformer = diffusers.PRXTransformer2DModel(
         in_channels=3 if pixels else 4,
@@ -592,7 +561,7 @@ def prx(pixels=False):
     return diffusers.PRXPipeline(
         transformer=transformer,
         scheduler=flow(),
-        text_encoder=t5_gemma(),
+        text_encoder=t5(16),
         tokenizer=gemma_tokenizer(),
         vae=autoencoder(**FLUX_VAE),
     )

@@ -4,13 +4,13 @@ import diffusers
 import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from tests.tiny_pipelines import autoencoder, clip, t5
+from tests.tiny_pipelines import FAMILIES, autoencoder, clip, t5
 from tests.tiny_tokenizers import clip_tokenizer, plain_tokenizer, t5_tokenizer
 
 from .tiny_images import llama, t5_parts
 
 
-def wan():
+def wan(**arguments):
     return diffusers.WanPipeline(
         transformer=diffusers.WanTransformer3DModel(
             num_attention_heads=2,
@@ -34,7 +34,12 @@ def wan():
         text_encoder=t5(32, transformers.UMT5EncoderModel, transformers.UMT5Config),
         tokenizer=t5_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
+        **arguments,
     )
+
+
+def wan_2_2():
+    return wan(expand_timesteps=True)  # a timestep a token, as in the 5B model
 
 
 def ltx():
@@ -188,8 +193,6 @@ def allegro():
 
 
 def animate_diff(xl=False):
-    from tests.tiny_pipelines import FAMILIES
-
     parts = FAMILIES["StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"]().components
     parts = {k: v for k, v in parts.items() if k not in ("safety_checker", "image_encoder", "feature_extractor")}
     adapter = diffusers.MotionAdapter(
@@ -235,41 +238,9 @@ def mochi():
     )
 
 
-def cosmos_2_image():
-    return diffusers.Cosmos2TextToImagePipeline(
-        transformer=diffusers.CosmosTransformer3DModel(
-            in_channels=4,
-            out_channels=4,
-            num_attention_heads=2,
-            attention_head_dim=16,
-            num_layers=1,
-            text_embed_dim=32,
-            adaln_lora_dim=4,
-            max_size=(4, 32, 32),
-            extra_pos_embed_type=None,
-        ),
-        vae=wan().vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
-        safety_checker=NoSafetyChecker(),
-        **t5_parts(),
-    )
-
-
-class NoSafetyChecker:
-    """Lets every prompt and video pass."""
-
-    def to(self, device):
-        return self
-
-    def check_text_safety(self, prompt):
-        return True
-
-    def check_video_safety(self, video):
-        return video
-
-
 BUILDERS = {
     "WanPipeline": (wan, {"num_frames": 9}),
+    "WanPipeline, timesteps a token": (wan_2_2, {"num_frames": 9}),
     "LTXPipeline": (ltx, {"num_frames": 9}),
     "HunyuanVideoPipeline": (hunyuan_video, {"num_frames": 9}),
     "CogVideoXPipeline": (cogvideo_x, {"num_frames": 9}),

@@ -59,6 +59,7 @@ def step_seconds(folder, n, weights):
         pretrained_model_name_or_path=str(folder / "source"),
         train_data_dir=str(folder / "images.npz"),
         output_dir=str(folder / "out"),
+        overwrite_output_dir=True,
         resolution=SIZE,
         train_batch_size=n,
         max_train_steps=STEPS,

@@ -5,11 +5,13 @@
 A latent text-to-image pipeline of Stable Diffusion's parts with small networks and random weights. "One by one" is one
 call of the pipeline per frame. The original's order of work is one image and one branch of the guidance at a time, at
 its settings: 200 steps, strength 0.7, five frames, guidance in denoising only; its forwards are counted, and its time
-is taken at fewer steps. The fixed-point correction is measured on the shipped model of digits. Every other figure but
-counts and memory is a ratio of two things timed in turn.
+is taken at fewer steps. The fixed-point correction is measured on the shipped model of digits. Many frames are 8,192
+of 32x32 pixels in parts of 64, by a network so small that nearly nothing hides what is not the network. Every other
+figure but counts and memory is a ratio of two things timed in turn, or of a part and the whole of one call.
 """
 
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-from benchmarks.harness import figure, interleaved, write_result
+from benchmarks.harness import figure, interleaved, small_unet, write_result
 from diffusers_ext import (
     NoiseDiffusionPipeline,
     StableDiffusionNoiseDiffusionPipeline,
@@ -57,6 +59,8 @@ def make():
 
 
 PIPELINE = make()
+SMALL = NoiseDiffusionPipeline(small_unet(32, 3, (8, 16), 4), DDIMScheduler())
+SMALL.set_progress_bar_config(disable=True)
 A, B = torch.rand(2, 3, 2 * SIZE, 2 * SIZE)
 TEXT = {"prompt_embeds": torch.randn(1, TOKENS, WIDTH), "negative_prompt_embeds": torch.randn(1, TOKENS, WIDTH)}
 
@@ -147,9 +151,12 @@ def fixed_points(iterations):
 
 def peak_memory(count, batched):
     """Returns how many MiB beyond what it holds before a fresh process needs to make frames (Linux)."""
-    call = f"b.{'frames' if batched else 'one_by_one'}({count}, 4)"
-    code = "import sys; sys.path.insert(0, 'benchmarks'); import noise_diffusion_speed as b; "
-    code += f"b.report_peak(lambda: {call})"
+    return growth(f"{'frames' if batched else 'one_by_one'}({count}, 4)")
+
+
+def growth(call):
+    """Returns by how many MiB a fresh process grows at most during a call of this module (Linux)."""
+    code = f"import benchmarks.noise_diffusion.speed as b; b.report_peak(lambda: b.{call})"
     # Large blocks go back to the system at once, so that the process size says what is in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
@@ -160,6 +167,7 @@ def report_peak(function):
     """Prints the growth of the process while `function` runs."""
     torch.set_num_threads(1)
     frames(1, 4)
+    many(1)
 
     def status(name):
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -180,11 +188,43 @@ SAYS = {
     ),
     "original_over_our_time": "The authors' code takes {} times as long for the same five frames and steps.",
     "mixing_and_diagnostics_share": "Mixing the states and measuring them takes {:.3%} of the call.",
+    r"diagnostics_share_n(\d+)": r"The diagnostics take {:.2%} of a call that makes \1 frames of 32x32.",
+    "peak_memory_over_result_n8192": "Making 8,192 frames of 32x32 takes {} times the memory of the frames.",
+    "memory_beside_result_n8192_over_n2048": "Beside the frames, 8,192 of them take {} times the memory of 2,048.",
     r"error_over_that_with_(\d+)_iterations": (
         r"\1 fixed-point iterations make the error of inverting and decoding {} times smaller."
     ),
     r"inversion_time_with_(\d+)_iterations": r"With \1 fixed-point iterations the inversion takes {} times as long.",
 }
+
+
+def many(count, **options):
+    """Makes many small frames of pixels in parts of 64."""
+    a, b = torch.rand(2, 3, 32, 32)
+    options = {"num_inference_steps": 4, "frame_batch_size": 64, "output_type": "np", **options}
+    return SMALL(a, b, num_frames=count, **options)
+
+
+def diagnostics_share(count):
+    """Returns the part of a call that the diagnostics take, the median of several calls."""
+    from diffusers_ext.methods.noise_diffusion import base
+
+    spent, plain = [], base.noise_diagnostics
+
+    def timed(*args, **kwargs):
+        start = time.perf_counter()
+        found = plain(*args, **kwargs)
+        spent.append(time.perf_counter() - start)
+        return found
+
+    shares, base.noise_diagnostics = [], timed
+    for _ in range(3 if count > 1000 else 15):
+        spent.clear()
+        start = time.perf_counter()
+        many(count, num_inference_steps=10)
+        shares.append(sum(spent) / (time.perf_counter() - start))
+    base.noise_diagnostics = plain
+    return statistics.median(shares)
 
 
 def main():
@@ -207,6 +247,14 @@ def main():
     times = interleaved({"original": lambda: original(5, 10, network), "ours": lambda: frames(5)}, 5)
     figures["original_over_our_time"] = figure(times["original"] / times["ours"], "ratio", ">= 1.5")
     figures["mixing_and_diagnostics_share"] = figure(overhead(), "ratio", "<= 0.01")
+    for count in (1, 16, 64, 2048):
+        figures[f"diagnostics_share_n{count}"] = figure(diagnostics_share(count), "ratio", "<= 0.02")
+    peaks = {count: growth(f"many({count})") for count in (2048, 8192)}
+    results = {count: count * 3 * 32 * 32 * 4 / 2**20 for count in peaks}
+    figures["peak_memory_over_result_n8192"] = figure(peaks[8192] / results[8192], "ratio", "<= 3")
+    beside = {count: peaks[count] - results[count] for count in peaks}
+    figures["memory_beside_result_n2048"] = figure(beside[2048], "MiB")
+    figures["memory_beside_result_n8192_over_n2048"] = figure(beside[8192] / beside[2048], "ratio", "<= 1.2")
     error, seconds = fixed_points(0)
     figures["encode_decode_error"] = figure(error, "rmse")
     for iterations, goal in ((2, None), (4, ">= 10"), (8, None)):

@@ -25,7 +25,8 @@ from diffusers import DiffusionPipeline
 
 from benchmarks.harness import RESULTS, figure, interleaved, write_result
 from diffusers_ext import AlignConfig, LowPass, align, corrupt
-from diffusers_ext.data.digits import ASSETS, DIGITS
+from diffusers_ext.data.assets import ASSETS
+from diffusers_ext.data.digits import DIGITS
 from diffusers_ext.methods.sda.align import _Schedule
 
 COUNT, TIMED, CURVE = 100, 4, (2, 4, 6, 10, 20)

@@ -9,7 +9,7 @@ import gradio as gr
 import numpy as np
 import pandas as pd
 
-from diffusers_ext.data.digits import ASSETS
+from diffusers_ext.data.assets import ASSETS
 
 from .parts import each_step, generator, image_grid, load, picture, seed, shows_errors
 

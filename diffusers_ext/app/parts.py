@@ -13,7 +13,8 @@ import torch
 from PIL import Image, ImageOps
 
 import diffusers_ext
-from diffusers_ext.data.digits import ASSETS
+from diffusers_ext.data.assets import ASSETS
+from diffusers_ext.data.reading import eight_bits, pixels_of
 
 __all__ = [
     "EXAMPLES",
@@ -117,9 +118,8 @@ def as_digit(image: Image.Image | None, label: str) -> np.ndarray:
         raise gr.Error("Upload an image first, or pick an example below.", title=label)
     if min(image.size) < SIDE // 2:
         raise gr.Error(f"At least {SIDE // 2} pixels a side, got {image.width} x {image.height}.", title=label)
-    if image.mode.startswith("I;16"):  # Pillow cuts these off at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return np.asarray(ImageOps.fit(image.convert("L"), (SIDE, SIDE), Image.Resampling.LANCZOS))
+    grey = Image.fromarray(eight_bits(pixels_of(image, channels=1))[:, :, 0])
+    return np.asarray(ImageOps.fit(grey, (SIDE, SIDE), Image.Resampling.LANCZOS))
 
 
 def image_grid(images: list[Image.Image], columns: int) -> Image.Image:

@@ -1,11 +1,9 @@
 """The images and the classifier that ship with the package; `assets/digits/README.md` says where they come from."""
 
-from pathlib import Path
+from .assets import ASSETS
 
-__all__ = ["ASSETS", "CLASSIFIER", "DIGITS", "TEXT_TO_IMAGE"]
+__all__ = ["CLASSIFIER", "DIGITS", "TEXT_TO_IMAGE"]
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
-"""Everything that ships with the package."""
 DIGITS = ASSETS / "digits" / "digits.npz"
 """1,000 handwritten digits, 28x28, 100 of each class: held out from all training of shipped models."""
 CLASSIFIER = ASSETS / "digits-classifier"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-__all__ = ["pixels_of", "read_images", "unit_range"]
+__all__ = ["eight_bits", "pixels_of", "read_images", "unit_range"]
 
 GREY = ("1", "L", "LA", "La", "I", "F")
 TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
@@ -47,6 +47,11 @@ def pixels_of(image: Image.Image, channels: int | None = None) -> np.ndarray:
         raise ValueError(f"an image of mode {image.mode!r} cannot be converted; accepted are {list(CONVERTED)}")
     pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def eight_bits(pixels: np.ndarray) -> np.ndarray:
+    """Returns pixels, uint8 or floats in `[0, 1]`, as uint8."""
+    return pixels if pixels.dtype == np.uint8 else (pixels * 255).round().clip(0, 255).astype(np.uint8)
 
 
 def _deep(image: Image.Image, kind: str | None) -> np.ndarray:

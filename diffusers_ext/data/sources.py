@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
 from .folder import open_folder
-from .reading import pixels_of, unit_range
+from .reading import eight_bits, pixels_of, unit_range
 
 __all__ = ["ImageDataset", "ImageStream", "load_images"]
 
@@ -63,9 +63,7 @@ class _Images:
 
     def _resized(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
         """Converts to the wanted channels (transparency on white) and resizes to cover `(height, width)` just."""
-        pixels = pixels_of(image, self.channels)
-        if pixels.dtype != np.uint8:
-            pixels = (pixels * 255).round().clip(0, 255).astype(np.uint8)
+        pixels = eight_bits(pixels_of(image, self.channels))
         image = Image.fromarray(pixels[:, :, 0] if self.channels == 1 else pixels)
         height, width = size
         scale = max(width / image.width, height / image.height)
@@ -394,7 +392,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"`images` must hold uint8 or floats (or uint16, or bool), got {images.dtype}.")
     if images.dtype != np.uint8:
         images = unit_range(torch.from_numpy(images.astype(images.dtype.newbyteorder("="))), "images").numpy()
-        images = (images * 255).round().clip(0, 255).astype(np.uint8)
+        images = eight_bits(images)
     columns = {"image": images.squeeze(-1) if images.shape[-1] == 1 and images.ndim == 4 else images}
     if "labels" in arrays:
         labels = arrays["labels"]

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_ext.data.digits import ASSETS, CLASSIFIER, DIGITS
+from diffusers_ext.data.assets import ASSETS
+from diffusers_ext.data.digits import CLASSIFIER, DIGITS
 from diffusers_ext.data.sources import ImageDataset, load_images
 from diffusers_ext.generation.pipeline import ImageGenerationPipeline
 from diffusers_ext.methods.immiscible.recipe import ImmiscibleConfig, ImmiscibleRecipe
@@ -51,6 +52,7 @@ def image_generation(output_dir: Path) -> Path:
     tuned = output_dir / "digits-finetuned"
     config = ImmiscibleConfig(
         output_dir=str(tuned),
+        overwrite_output_dir=True,  # of an earlier demo
         pretrained_model_name_or_path=str(MODEL),
         train_data_dir=str(DIGITS),
         resolution=28,

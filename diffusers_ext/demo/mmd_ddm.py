@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 
-from diffusers_ext.data.digits import ASSETS, CLASSIFIER, DIGITS
+from diffusers_ext.data.assets import ASSETS
+from diffusers_ext.data.digits import CLASSIFIER, DIGITS
 from diffusers_ext.data.sources import load_images
 from diffusers_ext.metrics.features import ImageClassifierFeatures, extract_features
 from diffusers_ext.metrics.frechet import frechet_distance

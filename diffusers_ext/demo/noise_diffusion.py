@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from diffusers_ext.data.digits import ASSETS, DIGITS
+from diffusers_ext.data.assets import ASSETS
+from diffusers_ext.data.digits import DIGITS
 from diffusers_ext.methods.noise_diffusion.base import METHODS
 from diffusers_ext.methods.noise_diffusion.pipeline import NoiseDiffusionPipeline
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from scipy.stats import wasserstein_distance
 
-from diffusers_ext.data.digits import ASSETS
+from diffusers_ext.data.assets import ASSETS
 from diffusers_ext.methods.oms.pipeline import OMSPipeline
 
 from .drawing import grid, histogram, saved, titled

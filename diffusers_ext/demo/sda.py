@@ -10,8 +10,9 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 
+from diffusers_ext.data.assets import ASSETS
 from diffusers_ext.data.corruptions import corrupt
-from diffusers_ext.data.digits import ASSETS, DIGITS
+from diffusers_ext.data.digits import DIGITS
 
 from .drawing import saved, titled
 

@@ -13,7 +13,7 @@ from .latent_map import ImageLatents
 from .prompts import Conditions
 from .seam import Call
 from .self_check import difference, evaluating, stock_steps
-from .stock_call import StockCall, is_offloaded
+from .stock_call import StockCall, is_hooked
 
 __all__ = ["PipelineDenoiser"]
 
@@ -58,6 +58,7 @@ class PipelineDenoiser(nn.Module):
         self._shape: tuple[int, ...] | None = None
         self._images: ImageLatents | None = None
         self._one_timestep: bool | None = None
+        self._dtypes: dict[torch.dtype, torch.dtype] = {}
         self.denoiser: nn.Module = self._stock.network
 
     @property
@@ -73,15 +74,18 @@ class PipelineDenoiser(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the network runs."""
-        if is_offloaded(self.denoiser):
-            return self._stock.pipe._execution_device
-        return next(self.denoiser.parameters()).device
+        device = next(self.denoiser.parameters()).device
+        waits = device.type == "meta" or (device.type == "cpu" and torch.cuda.is_available())
+        return self._stock.pipe._execution_device if waits and is_hooked(self.denoiser) else device
 
     @property
     def dtype(self) -> torch.dtype:
         """The precision in which the network takes its input."""
-        dtype = getattr(self.denoiser, "dtype", None)
-        return dtype if isinstance(dtype, torch.dtype) else next(self.denoiser.parameters()).dtype
+        stored = next(self.denoiser.parameters()).dtype
+        if stored not in self._dtypes:  # Diffusers looks through every module
+            dtype = getattr(self.denoiser, "dtype", None)
+            self._dtypes[stored] = dtype if isinstance(dtype, torch.dtype) else stored
+        return self._dtypes[stored]
 
     def latents_shape(self, batch: int) -> tuple[int, ...]:
         """Returns the shape of x: that of the latents in which the pipeline's loop steps, packed or not."""
@@ -164,7 +168,7 @@ class PipelineDenoiser(nn.Module):
                 f"`x` must have the shape {self.latents_shape(batch)} at the height and width of this denoiser (one "
                 f"serves one size), got {tuple(x.shape)}."
             )
-        t = torch.as_tensor(t, device=self.device).flatten()
+        t = torch.as_tensor(t).flatten()
         if len(t) not in (1, batch):
             raise ValueError(f"`t` must be one timestep or one for each of {batch} samples, got {len(t)}.")
         conditions = conditions.repeat(batch)
@@ -237,7 +241,8 @@ class PipelineDenoiser(nn.Module):
                 steps, direct = stock_steps(self.pipe, arguments, len(part))
                 for x, t, wanted in steps:
                     place = f"the call of {name} up to {type(self.scheduler).__name__}.step, t = {float(t):g}"
-                    output = self._predict(x, t.flatten(), part.prompts, direct)
+                    call = Call(self.device, t.to(self.device), x.to(self.device, self.dtype), direct)
+                    output = self._predict(call, x, part.prompts)
                     worst = max(worst, difference(output, wanted, 4 * precision, place))
                     # Prompts are encoded with other rounding one by one than in a batch.
                     place = f"`encode_prompt` of {name}, recordings of {part.prompts!r} joined"
@@ -257,13 +262,13 @@ class PipelineDenoiser(nn.Module):
 
     def _output(self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         compiled = getattr(self.denoiser, "_compiled_call_impl", None) or hasattr(self.denoiser, "_orig_mod")
-        played = conditions.joined(self.device, self.dtype, COMPILED_MULTIPLE if compiled else 1)
-        return self._predict(x, t, conditions.prompts, played)
+        device, dtype = self.device, self.dtype
+        played = conditions.joined(device, dtype, COMPILED_MULTIPLE if compiled else 1)
+        call = Call(device, (t if len(t) == 1 else t[None]).to(device), x.to(device, dtype), played)
+        return self._predict(call, x, conditions.prompts)
 
-    def _predict(self, x: torch.Tensor, t: torch.Tensor, prompts: list[Any], played: list[Any]) -> torch.Tensor:
-        device = self.device
-        timesteps = (t if len(t) == 1 else t[None]).to(device)
-        output = self._stock.run(Call(device, timesteps, x.to(device, self.dtype), played), prompts, self.denoiser)
+    def _predict(self, call: Call, x: torch.Tensor, prompts: list[Any]) -> torch.Tensor:
+        output = self._stock.run(call, prompts, self.denoiser)
         if not isinstance(output, torch.Tensor):
             raise ValueError(f"{self._stock.name}: its call did not reach `scheduler.step` with a tensor.")
         output = output.to(x.device, torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -80,8 +81,8 @@ class Call:
             raise Reached(None)
         if x is None or not self.entered:
             raise ValueError(
-                "`scheduler.step` was reached before any latents entered, by `prepare_latents`, by "
-                "`scale_model_input` or as an argument."
+                "`scheduler.step` was reached before any latents entered by `prepare_latents`, by `scale_model_input` "
+                "or as an argument."
             )
         if sample is not x and not self._same(sample, x):
             raise ValueError(
@@ -190,6 +191,8 @@ def scheduler_class(base: type, takes_latents: bool) -> type:
 
     def ignored(self: Any, value: Any) -> None:
         pass
+
+    set_timesteps.__signature__ = inspect.signature(set_timesteps)  # type: ignore[attr-defined]  # asked at every call
 
     # Properties with a setter go before what the scheduler keeps on itself.
     members: dict[str, Any] = {

@@ -42,7 +42,9 @@ def stock_steps(
     @functools.wraps(original_step)
     def step(model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         x = (scaled or [sample])[0]
-        found.append((x[:batch].clone(), torch.as_tensor(timestep), torch.as_tensor(model_output).clone()))
+        found.append(
+            (x[:batch].clone(), torch.as_tensor(timestep).flatten()[:1], torch.as_tensor(model_output).clone())
+        )
         if len(found) == steps:
             raise Reached(None)
         return original_step(model_output, timestep, sample, *args, **kwargs)

@@ -11,7 +11,7 @@ from torch import nn
 
 from .seam import ENTRANCES, Call, Reached, Undecoded, copied, pipeline_class, scheduler_class
 
-__all__ = ["StockCall"]
+__all__ = ["StockCall", "is_hooked"]
 
 
 class StockCall:
@@ -64,7 +64,7 @@ class StockCall:
     def encoding_device(self) -> torch.device:
         """Where the text encoders run."""
         encoders = [module for name, module in self._modules().items() if name.startswith("text_encoder")]
-        if not encoders or any(is_offloaded(module) for module in encoders):
+        if not encoders or any(is_hooked(module) for module in encoders):
             return self.pipe._execution_device
         return next(encoders[0].parameters()).device
 
@@ -199,11 +199,9 @@ class StockCall:
         return {name: value for name, value in {**defaults, **given}.items() if name in self._known}
 
 
-def is_offloaded(module: Any) -> bool:
-    """Whether hooks decide where a module runs; others of Diffusers' hooks (its caches) do not."""
-    from diffusers.hooks.group_offloading import _is_group_offload_enabled
-
-    return hasattr(module, "_hf_hook") or _is_group_offload_enabled(module)
+def is_hooked(module: Any) -> bool:
+    """Whether hooks may decide where a module runs."""
+    return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
 
 
 def _is_autoencoder(module: Any) -> bool:

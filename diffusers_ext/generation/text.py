@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 
 __all__ = ["Encoders", "encode", "find_encoders"]
 
@@ -45,7 +46,7 @@ def encode(prompts: list[str], encoders: Encoders, device: torch.device) -> torc
     """Encodes prompts: one encoder by its last layer, two by their last but one, joined, as SDXL does.
 
     Args:
-        prompts: texts.
+        prompts: texts; a textual inversion of several vectors is written out, as Diffusers' pipelines do.
         encoders: from `find_encoders`.
         device: where the encoders run.
 
@@ -54,9 +55,11 @@ def encode(prompts: list[str], encoders: Encoders, device: torch.device) -> torc
     """
     parts = []
     for tokenizer, encoder in encoders:
+        words = TextualInversionLoaderMixin().maybe_convert_prompt(prompts, tokenizer)
         tokens = tokenizer(
-            prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            words, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
         )
         output = encoder(tokens.input_ids.to(device), output_hidden_states=len(encoders) > 1)
-        parts.append(output.hidden_states[-2] if len(encoders) > 1 else output[0])
+        # By name: an encoder with a projection gives its pooled output first.
+        parts.append(output.hidden_states[-2] if len(encoders) > 1 else output.last_hidden_state)
     return torch.cat(parts, dim=-1)

@@ -35,7 +35,7 @@ class ImageConfig(TrainConfig):
     channels: Literal[1, 3] = _data("1 trains on grey images, 3 on colour.", 3)
     streaming: bool = _data("Read the data set as a stream; a resume then replays it up to its position.", False)
     max_train_samples: int | None = _data("Use only the first so many images.")
-    require_captions: bool = _data("Stop where an image has no caption, or no line in its folder's metadata.", False)
+    require_captions: bool = _data("Stop where an image has no caption, or no line in the metadata.", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

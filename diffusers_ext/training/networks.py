@@ -53,9 +53,10 @@ def sized_unet(size: int) -> dict[str, Any]:
             "down_block_types": tuple(down for down, _ in levels),
             "up_block_types": tuple(up for _, up in reversed(levels)),
         }
-    widths = (32, 64, 96) if size <= 16 else (64, 128, 192)
+    small = size <= 16
     return {
-        "block_out_channels": widths,
+        "block_out_channels": (32, 64, 128) if small else (64, 128, 192),
+        "layers_per_block": 1 if small else 2,
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     }

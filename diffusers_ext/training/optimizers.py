@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -46,9 +47,8 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: Any) -> tor
         # With a rate from outside, as the schedule gives it.
         return Adafactor(parameters, lr=rate, weight_decay=decay, scale_parameter=False, relative_step=False)
     if config.optimizer == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(parameters, lr=rate, weight_decay=decay, **adam)
+        bitsandbytes: Any = importlib.import_module("bitsandbytes.optim")  # an optional package
+        return bitsandbytes.AdamW8bit(parameters, lr=rate, weight_decay=decay, **adam)
     if config.optimizer == "prodigy":
         from prodigyopt import Prodigy
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 import diffusers_ext
 from diffusers_ext import NoiseDiffusionPipeline, OMSPipeline, cli, corrupt
-from diffusers_ext.data.digits import ASSETS, DIGITS
+from diffusers_ext.data.assets import ASSETS
+from diffusers_ext.data.digits import DIGITS
 from tests.methods.oms import tiny
 
 gr = pytest.importorskip("gradio", reason="needs Gradio: pip install 'diffusers-ext[app]'")

@@ -15,6 +15,7 @@ from diffusers import (
     ModelMixin,
     UNet2DModel,
 )
+from diffusers.callbacks import PipelineCallback
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
@@ -217,6 +218,47 @@ def test_a_callback_sees_every_step_and_can_change_the_latents():
     out = pipeline(num_inference_steps=3, output_type="latent", callback_on_step_end=callback).images
     assert seen == [(0, 666), (1, 333), (2, 0)]
     assert (out == 0).all()
+
+
+def test_a_callback_stops_and_sets_guidance():
+    net, calls = unet(num_class_embeds=4), []
+    pipeline = make(net, DDIMScheduler(clip_sample=False), null_class_label=3)
+    net.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    options = {
+        "class_labels": 1,
+        "num_inference_steps": 5,
+        "output_type": "latent",
+        "latents": torch.randn(1, 1, 8, 8),
+    }
+    states = []
+
+    def callback(pipe, step, timestep, tensors):
+        states.append(tensors["latents"])
+        pipe._guidance_scale = 2.5 if step == 1 else pipe.guidance_scale
+        pipe._interrupt = step == 3
+        return {}
+
+    found = pipeline(**options, callback_on_step_end=callback).images
+    assert calls == [1, 1, 2, 2]
+    assert torch.equal(found, states[-1])
+    assert pipeline.interrupt
+    assert pipeline(**options).images.abs().max() > 0  # the next call begins anew
+    assert len(calls) == 9
+    pipeline(**options, callback_on_step_end=WithoutTensors(cutoff_step_index=0, cutoff_step_ratio=None))
+    with pytest.raises(ValueError, match="`guidance_scale` must be 1 for a model without classes"):
+        make(unet(), DDIMScheduler())(
+            num_inference_steps=3, callback_on_step_end=lambda pipe, *_: setattr(pipe, "_guidance_scale", 2.0) or {}
+        )
+
+
+class WithoutTensors(PipelineCallback):
+    """A callback of Diffusers' kind, which says by itself that it wants no tensors."""
+
+    tensor_inputs = []
+
+    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+        assert callback_kwargs == {}
+        return callback_kwargs
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

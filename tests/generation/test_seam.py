@@ -357,6 +357,7 @@ def test_the_network_may_be_wrapped_in_the_denoiser():
 def test_compiled_networks_meet_few_lengths():
     denoiser = denoiser_of("QwenImagePipeline")
     conditions, x = denoiser.encode_prompts(PROMPTS), noise((1, 128, 16))
+    del denoiser.denoiser.transformer_blocks[1]  # one is compiled sooner
     graphs = []
     with torch.no_grad():
         wanted = [denoiser(x, 500, conditions[i]) for i in range(2)]

@@ -50,7 +50,7 @@ class StableDiffusionNoiseDiffusionPipeline(TextInterpolationPipeline, StableDif
             1,
             False,
             prompt_embeds=embeds.get("prompt_embeds"),
-            lora_scale=self._lora_scale,
+            lora_scale=self._text_lora_scale,
             clip_skip=self.clip_skip,
         )
         if not guided:
@@ -65,7 +65,7 @@ class StableDiffusionNoiseDiffusionPipeline(TextInterpolationPipeline, StableDif
                 True,
                 negative_prompt=negative_prompt,
                 prompt_embeds=told[:1],
-                lora_scale=self._lora_scale,
+                lora_scale=self._text_lora_scale,
             )
         return {"encoder_hidden_states": told}, {"encoder_hidden_states": null.to(told)}
 

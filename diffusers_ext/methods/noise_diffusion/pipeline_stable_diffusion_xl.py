@@ -55,7 +55,7 @@ class StableDiffusionXLNoiseDiffusionPipeline(TextInterpolationPipeline, StableD
             do_classifier_free_guidance=False,
             prompt_embeds=embeds.get("prompt_embeds"),
             pooled_prompt_embeds=embeds.get("pooled_prompt_embeds"),
-            lora_scale=self._lora_scale,
+            lora_scale=self._text_lora_scale,
             clip_skip=self.clip_skip,
         )
         condition = {"encoder_hidden_states": told, "text_embeds": pooled_told}
@@ -71,7 +71,7 @@ class StableDiffusionXLNoiseDiffusionPipeline(TextInterpolationPipeline, StableD
                 negative_prompt=negative_prompt,
                 prompt_embeds=told[:1],
                 pooled_prompt_embeds=pooled_told[:1],
-                lora_scale=self._lora_scale,
+                lora_scale=self._text_lora_scale,
             )
         return condition, {"encoder_hidden_states": null.to(told), "text_embeds": pooled_null.to(told)}
 

@@ -69,7 +69,7 @@ class TextInterpolationPipeline(InterpolationPipeline):
         )[0]
 
     @property
-    def _lora_scale(self) -> float | None:
+    def _text_lora_scale(self) -> float | None:
         return (self.cross_attention_kwargs or {}).get("scale")
 
     def _check_text(

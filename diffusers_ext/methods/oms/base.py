@@ -67,12 +67,19 @@ def bind(base: DiffusionPipeline, arguments: dict[str, Any], own: Iterable[str])
 
 
 def batch_size(arguments: dict[str, Any]) -> tuple[int, int]:
-    """Returns the number of prompts (or labels) of a bound call, and the images of each."""
+    """Returns the number of prompts (or labels) of a bound call, and the images of each.
+
+    Raises:
+        ValueError: there are no prompts.
+    """
     prompt = arguments.get("prompt")
     if isinstance(prompt, str):
         prompt = [prompt]
     given = prompt if prompt is not None else arguments.get("prompt_embeds")
     if given is not None:
+        if len(given) == 0:
+            name = "prompt_embeds" if prompt is None else "prompt"
+            raise ValueError(f"`{name}` must hold at least one prompt, got none.")
         return len(given), arguments.get("num_images_per_prompt") or 1
     labels, latents = arguments.get("class_labels"), arguments.get("latents")
     if arguments.get("batch_size") is None:

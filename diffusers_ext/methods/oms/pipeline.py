@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
@@ -23,6 +24,12 @@ from .unet import OMSUNet2DConditionModel, OMSUNet2DModel
 
 __all__ = ["OMSPipeline"]
 
+PARTS = ("oms_module", "sd_pipeline", "oms_text_encoder", "oms_tokenizer", "oms_text_encoder_2", "oms_tokenizer_2")
+SETTINGS = ("vae_scaling_factor", "vae_id", "image_scale")
+# What Diffusers keeps on every pipeline, and so on this one too.
+STATE = ("_internal_dict", "_all_hooks", "_offload_device", "_offload_gpu_id", "_progress_bar_config", "hf_device_map")
+OWN = {*PARTS, *SETTINGS, *STATE, "quantization_config"}
+
 
 class OMSPipeline(SafePipeline):
     """Puts the step that the noise schedule forgot in front of a pipeline.
@@ -32,8 +39,14 @@ class OMSPipeline(SafePipeline):
     result to the base pipeline as `latents`. The base is not changed; LoRA, ControlNet and any scheduler of a
     variance-preserving schedule pass through.
 
+    What this pipeline does not have itself is the base's, to read and to set: `pipeline.scheduler = ...`,
+    `pipeline.unet`, `pipeline.load_lora_weights(...)`, `pipeline.enable_vae_slicing()`. Where it is moved, offloaded
+    or sliced, the base goes with it, and `components` and `config` tell of both, so that `from_pipe` of a stock
+    pipeline takes the base out again.
+
     Args:
-        oms_module: network of the step, `OMSUNet2DConditionModel` for text and `OMSUNet2DModel` for pixel models.
+        oms_module: network of the step, `OMSUNet2DConditionModel` for text and `OMSUNet2DModel` for pixel models;
+            with `None`, calls must say `oms=False`.
         sd_pipeline: the base pipeline; it takes `latents` and starts from noise.
         oms_text_encoder: text encoder of the module; by default the base's are used.
         oms_tokenizer: its tokenizer.
@@ -71,14 +84,7 @@ class OMSPipeline(SafePipeline):
 
     __module__ = "diffusers_ext"
 
-    model_cpu_offload_seq = "oms_text_encoder->oms_text_encoder_2->oms_module"
-    _optional_components = [
-        "sd_pipeline",
-        "oms_text_encoder",
-        "oms_tokenizer",
-        "oms_text_encoder_2",
-        "oms_tokenizer_2",
-    ]
+    _optional_components = list(PARTS[1:])
 
     # Diffusers annotates `config` as a dict.
     oms_module: Any
@@ -86,7 +92,7 @@ class OMSPipeline(SafePipeline):
 
     def __init__(
         self,
-        oms_module: OMSUNet2DConditionModel | OMSUNet2DModel,
+        oms_module: OMSUNet2DConditionModel | OMSUNet2DModel | None,
         sd_pipeline: DiffusionPipeline | None = None,
         oms_text_encoder: PreTrainedModel | None = None,
         oms_tokenizer: PreTrainedTokenizerBase | None = None,
@@ -142,15 +148,44 @@ class OMSPipeline(SafePipeline):
             kwargs["sd_pipeline"] = base
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        base = None if name in OWN else self.__dict__.get("sd_pipeline")
+        return super().__getattr__(name) if base is None else getattr(base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = self.__dict__.get("sd_pipeline")
+        own = name in OWN or name in self.__dict__ or hasattr(type(self), name)
+        if own or base is None or not hasattr(base, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(base, name, value)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts of the added step, and those of the base pipeline."""
+        own = {name: getattr(self, name) for name in PARTS}
+        return {**getattr(self.sd_pipeline, "components", {}), **own}
+
+    @property
+    def config(self) -> Any:
+        """The settings of the added step, and those of the base pipeline where it leaves them open."""
+        own, base = super().config, self.__dict__.get("sd_pipeline")
+        if base is None:
+            return own
+        parts = base.components
+        settings = {k: v for k, v in base.config.items() if k not in parts and not k.startswith("_")}
+        return FrozenDict({**settings, **{k: v for k, v in own.items() if v is not None or k not in settings}})
+
     def _check_base(self, oms_module: Any, base: Any) -> None:
         """Raises `ValueError` unless the base takes latents of the module's space."""
+        if isinstance(base, OMSPipeline):
+            raise ValueError("`sd_pipeline` must be a pipeline without the added step, got OMSPipeline.")
         bases.check_base(base)
-        unet, module = base.unet.config, oms_module.config
-        if unet.in_channels != module.in_channels:
-            raise ValueError(
-                f"`sd_pipeline` must have latents of {module.in_channels} channels as the module, got "
-                f"{unet.in_channels}."
-            )
+        if oms_module is None:
+            return
+        channels, wanted = base.unet.config.in_channels, oms_module.config.in_channels
+        if channels != wanted:
+            raise ValueError(f"`sd_pipeline` must have latents of {wanted} channels as the module, got {channels}.")
         vae = getattr(base, "vae", None)
         factor = None if vae is None else vae.config.scaling_factor
         trained, vae_id = self.config["vae_scaling_factor"], self.config["vae_id"]
@@ -236,7 +271,9 @@ class OMSPipeline(SafePipeline):
             )
         arguments = bases.bind(base, passed, inspect.signature(self.__call__).parameters)
         if not oms:
-            return base(**passed)
+            return self._call_base(passed)
+        if self.oms_module is None:
+            raise ValueError("`oms` must be False: the pipeline was made without `oms_module`.")
         self._check_base(self.oms_module, base)  # again, for its scheduler may have been exchanged
         text = {
             "oms_prompt": oms_prompt,
@@ -248,42 +285,51 @@ class OMSPipeline(SafePipeline):
         count, per_prompt = bases.batch_size(arguments)
         shape = bases.latent_shape(base, arguments, count * per_prompt)
         guided = oms_guidance_scale != 1.0
+        # Asked once: Diffusers walks through all networks for each of these.
+        device, dtype, own = base._execution_device, base.unet.dtype, (self._execution_device, self.oms_module.dtype)
         if self._takes_text:
             text["oms_prompt"] = prompt if oms_prompt is None else oms_prompt
             text["oms_negative_prompt"] = oms_negative_prompt or ""
-            condition = {"encoder_hidden_states": self._text(text, count, per_prompt, guided)}
+            condition = {"encoder_hidden_states": self._text(text, count, per_prompt, guided, own)}
         else:
             labels = arguments.get("class_labels") if oms_class_labels is None else oms_class_labels
-            condition = {"class_labels": self._labels(labels, shape[0], guided)}
+            condition = {"class_labels": self._labels(labels, shape[0], guided, own[0])}
         level = bases.first_level(base, arguments)
 
         def draw() -> torch.Tensor:
-            return randn_tensor(shape, generator=generator, device=base._execution_device, dtype=base.unet.dtype)
+            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
 
         noise = arguments.get("latents")
-        noise = draw() if noise is None else noise.to(base._execution_device)
+        noise = draw() if noise is None else noise.to(device)
         with self.progress_bar(total=1) as progress_bar:  # pyright: ignore[reportCallIssue]
-            x0_hat = -self._predict(noise, condition, oms_guidance_scale).to(noise.device)
+            x0_hat = -self._predict(noise.to(*own), condition, oms_guidance_scale).to(device)
             fresh = draw() if oms_step == "ddpm" else noise
             passed["latents"] = start_latents(x0_hat, fresh, level, oms_legacy_variance)
             progress_bar.update()
         self.maybe_free_model_hooks()
-        return base(**passed)
+        return self._call_base(passed)
+
+    def _call_base(self, passed: dict[str, Any]) -> Any:
+        output = self.sd_pipeline(**passed)
+        self.maybe_free_model_hooks()
+        return output
 
     @property
     def _takes_text(self) -> bool:
-        return isinstance(self.oms_module, OMSUNet2DConditionModel)
+        network = getattr(self.oms_module, "_orig_mod", self.oms_module)  # `torch.compile` wraps it
+        return isinstance(network, OMSUNet2DConditionModel)
 
-    def _predict(self, noise: torch.Tensor, condition: dict[str, Any], guidance_scale: float) -> torch.Tensor:
+    def _predict(self, sample: torch.Tensor, condition: dict[str, Any], guidance_scale: float) -> torch.Tensor:
         """Returns the v-prediction at pure noise; with guidance both branches run as one batch."""
-        sample = noise.to(self._execution_device, self.oms_module.dtype)
         if guidance_scale == 1.0:
             return self.oms_module(sample, **condition, return_dict=False)[0]
         both = self.oms_module(torch.cat([sample, sample]), **condition, return_dict=False)[0]
         null, conditional = both.float().chunk(2)
         return null + guidance_scale * (conditional - null)
 
-    def _text(self, text: dict[str, Any], count: int, per_prompt: int, guided: bool) -> torch.Tensor:
+    def _text(
+        self, text: dict[str, Any], count: int, per_prompt: int, guided: bool, own: tuple[torch.device, torch.dtype]
+    ) -> torch.Tensor:
         """Returns the text of every image, that of the null branch first where there is guidance."""
         width, found = self.oms_module.config.cross_attention_dim, []
         for name in ["oms_negative_prompt", "oms_prompt"] if guided else ["oms_prompt"]:
@@ -299,7 +345,7 @@ class OMSPipeline(SafePipeline):
                 raise ValueError(
                     f"`{name}_embeds` must have the shape ({count}, tokens, {width}), got {tuple(embeds.shape)}."
                 )
-            embeds = embeds.to(self._execution_device, self.oms_module.dtype)
+            embeds = embeds.to(*own)
             found.append(embeds.expand(count, -1, -1).repeat_interleave(per_prompt, dim=0))
         lengths = [embeds.shape[1] for embeds in found]
         if len(set(lengths)) > 1:
@@ -312,7 +358,7 @@ class OMSPipeline(SafePipeline):
         encoders = find_encoders(own, self.sd_pipeline, self.oms_module.config.cross_attention_dim)
         return encode(texts, encoders, (self if own else self.sd_pipeline)._execution_device)
 
-    def _labels(self, labels: Any, count: int, guided: bool) -> torch.Tensor | None:
+    def _labels(self, labels: Any, count: int, guided: bool, device: torch.device) -> torch.Tensor | None:
         """Returns the label of every image, the null label first where there is guidance."""
         classes = self.oms_module.config.num_class_embeds
         if classes is None:
@@ -321,7 +367,7 @@ class OMSPipeline(SafePipeline):
             return None
         if labels is None:
             raise ValueError("`oms_class_labels` must be given: the module has classes.")
-        labels = torch.as_tensor([labels] if isinstance(labels, int) else labels, device=self._execution_device)
+        labels = torch.as_tensor([labels] if isinstance(labels, int) else labels, device=device)
         if labels.ndim != 1 or len(labels) not in (1, count) or not 0 <= labels.min() <= labels.max() < classes:
             raise ValueError(
                 f"`oms_class_labels` must be 1 or {count} labels in 0..{classes - 1}, got {labels.tolist()}."
@@ -340,12 +386,33 @@ class OMSPipeline(SafePipeline):
             self.sd_pipeline.to(*args, **kwargs)
         return super().to(*args, **kwargs)
 
-    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """Offloads the module and the base pipeline, each in its own order."""
-        super().enable_model_cpu_offload(gpu_id, device)  # type: ignore[arg-type]
-        # Called again after every step, when the base has its hooks.
-        if self.sd_pipeline is not None and not getattr(self.sd_pipeline, "_all_hooks", None):
-            self.sd_pipeline.enable_model_cpu_offload(gpu_id, device)
+    @property
+    def model_cpu_offload_seq(self) -> str:  # type: ignore[override]
+        """The order in which the parts are called: those of the step, then the base's."""
+        of_base = getattr(self.sd_pipeline, "model_cpu_offload_seq", None)
+        return "oms_text_encoder->oms_text_encoder_2->oms_module" + (f"->{of_base}" if of_base else "")
+
+    @property
+    def _exclude_from_cpu_offload(self) -> list[str]:  # type: ignore[override]
+        return getattr(self.sd_pipeline, "_exclude_from_cpu_offload", [])
+
+    def remove_all_hooks(self) -> None:
+        """Removes the hooks of offloading from the module and the base pipeline."""
+        super().remove_all_hooks()
+        if self.sd_pipeline is not None:
+            self.sd_pipeline.remove_all_hooks()
+
+    def set_attention_slice(self, slice_size: Any) -> None:
+        """Slices the attention of the module and of the base pipeline, as `enable_attention_slicing` does."""
+        super().set_attention_slice(slice_size)
+        if self.sd_pipeline is not None:
+            self.sd_pipeline.set_attention_slice(slice_size)
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
+        """Sets the attention of the module and of the base pipeline."""
+        super().set_use_memory_efficient_attention_xformers(valid, attention_op)
+        if self.sd_pipeline is not None:
+            self.sd_pipeline.set_use_memory_efficient_attention_xformers(valid, attention_op)
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Configures the bar of the added step, and that of the base pipeline."""

@@ -18,6 +18,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import cached_file
 
+from diffusers_ext.hub.loading import check_weights, variant_hint
+
 from .unet import OMSUNet2DConditionModel
 
 __all__ = ["HUB_OPTIONS", "is_published_format", "load_published"]
@@ -72,10 +74,10 @@ def load_published(
         if name not in HUB_OPTIONS:
             raise ValueError(f"`{name}` must be left out for a repo in the format of the published modules.")
     weights = {"dtype": dtype, "use_safetensors": use_safetensors}
-    found = dict(given)
+    found, plan = dict(given), []  # (argument, component, loader, repo, folder, options)
     if "oms_module" not in found:
         loader = OMSUNet2DConditionModel.from_pretrained
-        found["oms_module"] = _load("oms_module", loader, repo, "oms_module", variant, {**weights, **hub})
+        plan.append(("oms_module", "oms_module", loader, repo, "oms_module", {**weights, **hub}))
     for name in SINGLE:
         recorded = (index.get(name) or [None, None])[1]
         if recorded is None or name in found:
@@ -89,8 +91,10 @@ def load_published(
                 place, folder = config["_name_or_path"], inner if dual else config["subfolder"]
                 options = {key: value for key, value in options.items() if key != "revision"}  # that of this repo
             loader = cls.from_pretrained if "encoder" in name else _load_tokenizer
-            found[f"oms_{inner}"] = _load(name, loader, place, folder, variant, options)
-    return found
+            plan.append((f"oms_{inner}", name, loader, place, folder, options))
+    for _, name, _, place, folder, _ in plan if use_safetensors else []:
+        _check(name, place, folder, variant)
+    return found | {argument: _load(*component, variant=variant) for argument, *component in plan}
 
 
 def _read_config(repo: str, name: str, hub: dict[str, Any]) -> dict[str, Any]:
@@ -111,8 +115,18 @@ def _load_tokenizer(place: str, subfolder: str, **hub: Any) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(place, subfolder=subfolder, **hub)
 
 
+def _check(name: str, place: str, folder: str, variant: str | None) -> None:
+    """Refuses a folder with pickled weights before anything is read; of a repo, its loader does."""
+    try:
+        if (Path(place) / folder).is_dir():
+            check_weights(Path(place) / folder, variant)
+    except OSError as error:
+        raise OSError(f"`{name}` could not be loaded; pass it as an argument, or None to use the base pipeline's. "
+                      f"Cause: {error}") from error  # fmt: skip
+
+
 def _load(
-    name: str, loader: Callable[..., Any], place: str, folder: str, variant: str | None, options: dict[str, Any]
+    name: str, loader: Callable[..., Any], place: str, folder: str, options: dict[str, Any], variant: str | None
 ) -> Any:
     """Loads a component in its variant, or without where it has none."""
     failures = []
@@ -121,7 +135,8 @@ def _load(
             return loader(place, subfolder=folder, **options, **extra)
         except (OSError, ValueError) as error:
             failures.append(str(error))
+    hint = f"It {hint}" if (hint := variant_hint(place, folder, **options)) else ""
     raise OSError(
         f"`{name}` could not be loaded from {folder!r} of {place!r}; pass it as an argument, or None to use the base "
-        f"pipeline's. Cause: {failures[-1]}"
+        f"pipeline's. {hint} Cause: {failures[-1]}"
     )

@@ -21,6 +21,7 @@ from diffusers_ext.data.precomputed import PrecomputedDataset
 from diffusers_ext.generation.latents import decoded, latent_factor, latent_moments, scaled_latents
 from diffusers_ext.generation.text import Encoders, encode, find_encoders
 from diffusers_ext.hub.card import RepoCard
+from diffusers_ext.hub.loading import checked_folder
 from diffusers_ext.training.config import described, require
 from diffusers_ext.training.images import ImageConfig, image_dataset
 from diffusers_ext.training.networks import make_network
@@ -139,7 +140,8 @@ class OMSRecipe(Recipe[OMSConfig]):
             index: Any = DiffusionPipeline.load_config(str(name))
             kept = ("scheduler", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
             left_out = {k: None for k, v in index.items() if isinstance(v, list) and k not in (*kept, "_class_name")}
-            self.base = DiffusionPipeline.from_pretrained(str(name), use_safetensors=True, **left_out)
+            folder = checked_folder(DiffusionPipeline, str(name), **left_out)
+            self.base = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **left_out)
             unet: Any = UNet2DConditionModel.load_config(str(name), subfolder="unet")
         except Exception as error:  # the libraries raise many kinds
             raise ValueError(

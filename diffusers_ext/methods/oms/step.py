@@ -95,6 +95,11 @@ def start_level(scheduler: Any) -> StartLevel:
     """
     check_scheduler(scheduler)
     first = scheduler.timesteps[0]
+    if first < scheduler.timesteps[-1]:
+        raise ValueError(
+            f"`scheduler` must go from noise to the image, got {type(scheduler).__name__} with timesteps that rise "
+            f"from {first.item()} to {scheduler.timesteps[-1].item()}."
+        )
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is not None:
         sigma = float(sigmas[0])
@@ -119,6 +124,8 @@ def check_scheduler(scheduler: Any) -> None:
             f"`scheduler` must be one of a variance-preserving schedule, got {name}: flow matching starts from pure "
             "noise in training too, so there is no step to add."
         )
+    if "Inverse" in name:
+        raise ValueError(f"`scheduler` must go from noise to the image, got {name}, which goes the other way.")
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
             "`scheduler` must be one of a variance-preserving schedule, with `alphas_cumprod` (DDIM, PNDM, Euler, "

@@ -228,7 +228,10 @@ def _guided(
     weighted = config.guidance_weight > 0
     through = weighted and not config.detach_unet
     channels = z.shape[1]
-    with torch.set_grad_enabled(through):
+    # What the backward pass needs is kept as it was in the forward pass: hooks of layerwise casting and of offloading
+    # change the weights in between.
+    kept = torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t)
+    with torch.set_grad_enabled(through), kept:
         z = z.detach().requires_grad_(through)
         output = unet(z.to(unet.dtype), schedule.timesteps[i], return_dict=False)[0].float()
         variance = output[:, channels:].detach() if output.shape[1] == 2 * channels else None

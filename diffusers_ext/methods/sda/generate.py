@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
+from diffusers_ext.hub.loading import checked_folder
 from diffusers_ext.rng import mix
 from diffusers_ext.training.config import check_types, described, require
 
@@ -76,7 +77,8 @@ def load_pipeline(name: str, precision: str, device: Any) -> Any:
     import diffusers_ext  # noqa: F401 - makes our pipelines known
 
     try:
-        pipeline: Any = DiffusionPipeline.from_pretrained(name, use_safetensors=True, dtype=DTYPES[precision])
+        folder = checked_folder(DiffusionPipeline, name)
+        pipeline: Any = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, dtype=DTYPES[precision])
     except Exception as error:  # the libraries raise many kinds
         raise ValueError(
             f"`pretrained_model_name_or_path` must be a pipeline's Hub repo or folder, got {name!r}: {error}"

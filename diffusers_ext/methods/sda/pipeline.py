@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import DiffusionPipeline, ModelMixin, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from transformers import PreTrainedModel
+from typing_extensions import Self
 
 from diffusers_ext.data.reading import read_images
 from diffusers_ext.hub.loading import SafePipeline
@@ -57,7 +58,9 @@ class SDATTAPipeline(SafePipeline):
         unet: an unconditional `UNet2DModel` on pixels.
         scheduler: the noise schedule that it was trained with.
         classifier: the source classifier: a transformers model for image classification, an `ImageClassifierFeatures`
-            or any callable from images in [-1, 1] to logits. A plain callable is not saved.
+            or any callable from images in [-1, 1] to logits, as a module of timm or torchvision or a function. `to`
+            moves a plain module too, but only models of transformers and Diffusers are saved and offloaded, and stand
+            in `components`.
         adapted_classifier: the fine-tuned one; by default the source classifier sees both views, which is DDA.
         image_processor: the classifiers' transformers image processor, for size, mean and deviation.
         alignment: the settings of `AlignConfig` to use by default, as a dict.
@@ -106,22 +109,38 @@ class SDATTAPipeline(SafePipeline):
                 raise ValueError(f"`{name}` must be callable, got {type(value).__name__}.")
         self._check_models(unet, classifier, adapted_classifier, image_processor)
         settings = align_settings(alignment or {})
-        # Diffusers can hold and save modules only; other callables stand beside them.
-        self._callables = {
-            name: value
-            for name, value in (("classifier", classifier), ("adapted_classifier", adapted_classifier))
-            if value is not None and not isinstance(value, torch.nn.Module)
-        }
+        self._callables: dict[str, Any] = {}
         self.register_modules(
             unet=unet,
             scheduler=scheduler,
-            classifier=None if "classifier" in self._callables else classifier,
-            adapted_classifier=None if "adapted_classifier" in self._callables else adapted_classifier,
+            classifier=classifier if _is_model(classifier) else None,
+            adapted_classifier=adapted_classifier if _is_model(adapted_classifier) else None,
             image_processor=image_processor,
         )
+        self.classifier, self.adapted_classifier = classifier, adapted_classifier
         self.register_to_config(alignment={k: getattr(settings, k) for k in AlignConfig.__dataclass_fields__})
         self._num_timesteps = 0
         self._filters: dict[Any, LowPass] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Diffusers holds, moves and saves models that know their device and dtype; other callables stand beside them.
+        if name in ("classifier", "adapted_classifier"):
+            self._callables[name] = None if _is_model(value) else value
+            value = value if _is_model(value) else None
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """Makes a pipeline of another's parts, as Diffusers does; classifiers that are plain callables come along."""
+        plain = {k: v for k, v in getattr(pipeline, "_callables", {}).items() if v is not None}
+        return super().from_pipe(pipeline, **{**plain, **kwargs})
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Moves the models as `DiffusionPipeline.to` does, and classifiers that are plain modules."""
+        for value in self._callables.values():
+            if isinstance(value, torch.nn.Module):
+                value.to(*args, **{k: v for k, v in kwargs.items() if k in ("device", "dtype")})
+        return super().to(*args, **kwargs)
 
     @staticmethod
     def _check_models(unet: Any, classifier: Any, adapted: Any, processor: Any) -> None:
@@ -149,7 +168,8 @@ class SDATTAPipeline(SafePipeline):
         return self._num_timesteps
 
     def _classifier(self, name: str) -> Any:
-        return self._callables.get(name, getattr(self, name))
+        plain = self._callables[name]
+        return getattr(self, name) if plain is None else plain
 
     def check_inputs(
         self,
@@ -166,8 +186,9 @@ class SDATTAPipeline(SafePipeline):
         """
         if ensemble not in ENSEMBLES:
             raise ValueError(f"`ensemble` must be one of {list(ENSEMBLES)}, got {ensemble!r}.")
-        if self._classifier("classifier") is None and ensemble != "adapted":
-            raise ValueError("`classifier` must be given to the pipeline: this one was loaded without.")
+        missing = self._classifier("classifier") is None
+        if missing and (ensemble != "adapted" or self._classifier("adapted_classifier") is None):
+            raise ValueError("`classifier` must be given to the pipeline: this one has none.")
         if resize not in get_args(Resize):
             raise ValueError(f"`resize` must be one of {list(get_args(Resize))}, got {resize!r}.")
         if output_type not in ("pil", "np", "pt"):
@@ -257,7 +278,8 @@ class SDATTAPipeline(SafePipeline):
         pictures = _as(output_type, torch.cat(adapted)) if adapted else None
         self.maybe_free_model_hooks()
         ids = result.argmax(1).cpu()
-        names = label_names(self._classifier("classifier"), result.shape[1])
+        named = self._classifier("classifier")
+        names = label_names(self._classifier("adapted_classifier") if named is None else named, result.shape[1])
         output = SDATTAOutput([names[i] for i in ids.tolist()], ids, result.softmax(1), result, pictures)
         return output if return_dict else tuple(getattr(output, name) for name in SDATTAOutput.__dataclass_fields__)
 
@@ -276,6 +298,10 @@ class SDATTAPipeline(SafePipeline):
         if key not in self._filters:
             self._filters[key] = LowPass(self.unet.config.sample_size, factor, device)
         return self._filters[key]
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(getattr(value, "_orig_mod", value), ModelMixin | PreTrainedModel)  # `torch.compile` wraps it
 
 
 def align_settings(values: dict[str, Any]) -> AlignConfig:

@@ -38,14 +38,19 @@ def classify(classifier: Callable[..., Any], images: torch.Tensor, image_process
             "its `image_processor` grey images are spread over three."
         )
     dtype = getattr(classifier, "dtype", None)
-    output = classifier(images.to(dtype) if isinstance(dtype, torch.dtype) else images)
+    if isinstance(dtype, torch.dtype):
+        inputs = images.to(dtype)
+    else:  # a plain module gets images where its weights are, a function as they are
+        weights = next(classifier.parameters(), images) if isinstance(classifier, torch.nn.Module) else images
+        inputs = images.to(weights.device, weights.dtype)
+    output = classifier(inputs)
     logits = getattr(output, "logits", output)
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(images):
         raise ValueError(
             f"`classifier` must return logits (batch, classes) for {len(images)} images, got "
             f"{tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__}."
         )
-    return logits.float()
+    return logits.float().to(images.device)
 
 
 def _processed(images: torch.Tensor, processor: Any, channels: int) -> torch.Tensor:

@@ -235,6 +235,7 @@ def test_missing_images_of_the_class_are_generated_once(folder, tmp_path):
     kept = {file.name: file.read_bytes() for file in files}
     (tmp_path / "class" / "notes.txt").write_text("no image")
     (tmp_path / "class" / "00003.png").unlink()
+    values = dataclasses.replace(values, overwrite_output_dir=True)
     train(values)
     assert (tmp_path / "class" / "00003.png").read_bytes() == kept["00003.png"]
     assert len(list((tmp_path / "class").glob("*.png"))) == 5

@@ -167,7 +167,9 @@ def test_real_features_are_computed_once_and_alike(folder, tmp_path):
         calls.append(len(images))
         return images.flatten(1)
 
-    _, again, _ = train(config(folder, tmp_path / "cached"), [counted])  # the same features under another name
+    _, again, _ = train(
+        config(folder, tmp_path / "cached", overwrite_output_dir=True), [counted]
+    )  # the same features under another name
     assert files[0].stat().st_mtime_ns == written
     assert again == cached
     assert calls == [8, 1] + [8] * 3  # eight images to try the extractor on, then generated ones only
@@ -331,15 +333,15 @@ def test_divergence_is_no_argument_error(folder, tmp_path):
 
 
 def test_standardised_features_are_read_again(folder, tmp_path):
-    values = config(folder, tmp_path, features=f"pixels, classifier:{folder / 'phi'}")
-    _, first, _ = train(values)
-    _, second, _ = train(values)
+    changes = {"features": f"pixels, classifier:{folder / 'phi'}", "overwrite_output_dir": True}
+    _, first, _ = train(config(folder, tmp_path, **changes))
+    _, second, _ = train(config(folder, tmp_path, **changes))
     assert first == second
 
 
 def test_extractors_of_another_order_have_other_features(folder, tmp_path):
     for extractor in (lambda images: images.flatten(1), lambda images: images.flip(3).flatten(1)):
-        train(config(folder, tmp_path, max_train_steps=1), [extractor])
+        train(config(folder, tmp_path, max_train_steps=1, overwrite_output_dir=True), [extractor])
     assert len(list(tmp_path.glob("precomputed-*"))) == 2
 
 
@@ -347,5 +349,5 @@ def test_changed_data_have_other_features(folder, tmp_path):
     data = str(tmp_path / "data.npz")
     for value in (30, 60):
         np.savez(data, images=np.full((16, 8, 8), value, np.uint8))
-        train(config(folder, tmp_path / "out", train_data_dir=data, max_train_steps=1))
+        train(config(folder, tmp_path / "out", train_data_dir=data, max_train_steps=1, overwrite_output_dir=True))
     assert len(list((tmp_path / "out").glob("precomputed-*"))) == 2

@@ -49,6 +49,23 @@ def test_heavy_tails_and_neighbours():
     assert torch.isnan(noise_diagnostics(torch.randn(2, 8)).correlation).all()
 
 
+def test_against_scipy():
+    """The same figures from another implementation, in both precisions."""
+    states = 1.3 * noise(1.0, (3, 2, 9, 7)).abs() - 0.4
+    for given, tolerance in ((states, 1e-9), (states.float(), 1e-5)):
+        found = noise_diagnostics(given, expected_std=1.1)
+        rows = [*(x.flatten().numpy() for x in states / 1.1), (states / 1.1).flatten().numpy()]
+        for i, row in enumerate(rows):
+            figures = {n: getattr(found, n)[i].item() for n in found.pooled} if i < 3 else found.pooled
+            assert figures["ks"] == pytest.approx(stats.ks_1samp(row, stats.norm.cdf).statistic, abs=tolerance)
+            assert figures["excess_kurtosis"] == pytest.approx(stats.kurtosis(row), abs=tolerance)
+            assert figures["tail_2"] == (np.abs(row) > 2).mean()
+            assert figures["tail_3"] == (np.abs(row) > 3).mean()
+    flat = noise_diagnostics(torch.full((1, 2, 4, 4), 0.3))
+    assert flat.pooled["excess_kurtosis"] == flat.pooled["correlation"] == 0
+    assert flat.samples == (0,)
+
+
 def test_plot(tmp_path):
     figure = plot_noise_diagnostics({"inverted": noise(1.2), "frames": noise(1.0).half()}, inflation=1.05)
     top, table = figure.axes

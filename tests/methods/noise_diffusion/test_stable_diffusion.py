@@ -2,9 +2,16 @@
 
 import pytest
 import torch
-from diffusers import PNDMScheduler
+from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback, SDXLCFGCutoffCallback
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from diffusers_ext import StableDiffusionNoiseDiffusionPipeline, StableDiffusionXLNoiseDiffusionPipeline, noise_levels
+from diffusers_ext import (
+    StableDiffusionNoiseDiffusionPipeline,
+    StableDiffusionXLNoiseDiffusionPipeline,
+    noise_diffusion_mix,
+    noise_levels,
+)
 from tests.methods.oms.tiny import quiet, stable_diffusion, stable_diffusion_xl
 
 
@@ -194,6 +201,206 @@ class Features:
     def to(self, device):
         self.pixel_values = torch.zeros(1)
         return self
+
+
+CUTOFF = {"sd": SDCFGCutoffCallback, "xl": SDXLCFGCutoffCallback}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [None, 2])
+def test_guidance_is_cut_off_by_the_callback_of_diffusers(kind, size):
+    """From the cut on one branch is called, every frame with its own text, in every part of the frames."""
+    pipeline = KINDS[kind]()
+    calls = record(pipeline)
+    options = {**QUICK, "num_frames": 3, "frame_batch_size": size, "guidance_scale": 4.0}
+    cut = CUTOFF[kind](cutoff_step_ratio=None, cutoff_step_index=9)  # 7 of the inversion, then 3 guided
+    found = pipeline(A, B, "a cat", "a dog", callback_on_step_end=cut, **options).images
+    expected = [6] * 3 + [3] * 4 if size is None else [4] * 3 + [2] * 4 + [2] * 3 + [1] * 4
+    assert [batch for batch, _, _ in calls] == [2] * 7 + expected
+    for before, after in zip(calls[7:10], calls[10:13], strict=True):
+        torch.testing.assert_close(after[2], before[2].chunk(2)[1], atol=0, rtol=0)
+    assert (calls[10][2][0] - calls[10][2][-1]).abs().max() > 0.01  # the texts differ
+
+    def off(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 1.0 if step >= 9 else pipe._guidance_scale
+        return {}
+
+    by_scale = pipeline(A, B, "a cat", "a dog", callback_on_step_end=off, **options).images
+    torch.testing.assert_close(by_scale, found, atol=1e-5, rtol=0)
+    early = CUTOFF[kind](cutoff_step_ratio=0.2)  # in the inversion: no frame is guided
+    unguided = pipeline(A, B, "a cat", "a dog", **{**options, "guidance_scale": 1.0}).images
+    early = pipeline(A, B, "a cat", "a dog", callback_on_step_end=MultiPipelineCallbacks([early]), **options).images
+    torch.testing.assert_close(early, unguided, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("begin", [1.0, 7.0])
+def test_guidance_set_by_a_callback_has_effect(begin):
+    pipeline, seen = sd(), []
+
+    def change(pipe, step, timestep, tensors):
+        seen.append((pipe.guidance_scale, pipe.do_classifier_free_guidance))
+        pipe._guidance_scale = 3.0 if step == 6 else pipe._guidance_scale
+        return {}
+
+    options = {**QUICK, "num_frames": 2, "negative_prompt": "fog"}
+    found = pipeline(A, B, "a", "b", guidance_scale=begin, callback_on_step_end=change, **options).images
+    expected = pipeline(A, B, "a", "b", guidance_scale=3.0, **options).images
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert seen == [(1.0, False)] * 7 + [(3.0, True)] * 7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_callback_returns_is_used(kind):
+    pipeline = KINDS[kind]()
+    calls, shown = record(pipeline), {}
+    names = type(pipeline)._callback_tensor_inputs
+    assert names == type(pipeline).__bases__[1]._callback_tensor_inputs  # Diffusers' own
+
+    def change(pipe, step, timestep, tensors):
+        assert list(tensors) == names
+        shown[step] = {name: None if value is None else value.clone() for name, value in tensors.items()}
+        return {"prompt_embeds": torch.full_like(tensors["prompt_embeds"], 0.5)} if step == 8 else tensors
+
+    pipeline(
+        A, B, "a cat", "a dog", num_frames=2, callback_on_step_end=change, callback_on_step_end_tensor_inputs=names,
+        **QUICK,
+    )  # fmt: skip
+    for step in range(7, 9):
+        torch.testing.assert_close(shown[step]["prompt_embeds"], calls[step][2], atol=0, rtol=0)
+        assert shown[step]["latents"].shape[0] == 2
+    assert all((calls[step][2] == 0.5).all() for step in range(9, 14))
+    assert not (calls[8][2] == 0.5).all()
+    with pytest.raises(ValueError, match=r"`prompt_embeds` that a callback returns must have 2 or 4 rows"):
+        pipeline(A, B, "a", callback_on_step_end=lambda *_: {"prompt_embeds": torch.zeros(3, 12, 8)}, **QUICK)
+
+
+def test_properties_of_the_stock_pipeline():
+    # Stable Diffusion's own `clip_skip` does not run with the present transformers, XL's does.
+    pipeline, seen, scales = xl(), [], []
+    assert (pipeline.guidance_scale, pipeline.clip_skip, pipeline.interrupt) == (1.0, None, False)
+    encode = pipeline.encode_prompt
+    pipeline.encode_prompt = lambda *args, **kwargs: (scales.append(kwargs["lora_scale"]), encode(*args, **kwargs))[1]
+
+    def look(pipe, step, timestep, tensors):
+        names = ("guidance_scale", "clip_skip", "cross_attention_kwargs", "guidance_rescale", "interrupt")
+        seen.append([getattr(pipe, name) for name in names])
+        return {}
+
+    kwargs = {"scale": 0.5}
+    pipeline(A, B, "a", clip_skip=1, cross_attention_kwargs=kwargs, callback_on_step_end=look, **QUICK)
+    assert seen[-1] == [10.0, 1, kwargs, 0.0, False]
+    assert scales == [0.5, 0.5]  # LoRA of the text encoder has its scale too
+
+
+def test_a_callback_stops_the_call():
+    pipeline, states = sd(), []
+    calls = record(pipeline)
+
+    def stop(pipe, step, timestep, tensors):
+        states.append(tensors["latents"].clone())
+        pipe._interrupt = step == 9
+        return {}
+
+    found = pipeline(A, B, "a", num_frames=3, frame_batch_size=2, callback_on_step_end=stop, **QUICK)
+    assert len(calls) == 10
+    assert pipeline.interrupt
+    torch.testing.assert_close(found.images[:2], states[-1], atol=0, rtol=0)
+    pipeline(A, B, "a", num_frames=1, **QUICK)  # the next call begins anew
+    assert len(calls) == 24
+
+
+def ip_adapter(pipeline):
+    """Loads an IP-Adapter with random weights that takes image embeddings of 6 numbers."""
+    torch.manual_seed(8)
+    width, sizes = pipeline.unet.config.cross_attention_dim, []
+    for name, processor in pipeline.unet.attn_processors.items():
+        if "attn2" in name:
+            attention = pipeline.unet.get_submodule(name.removesuffix(".processor"))
+            sizes.append(attention.to_q.out_features)
+            assert processor is not None
+    keys = [f"{2 * i + 1}.to_{part}_ip.weight" for i in range(len(sizes)) for part in "kv"]
+    weights = {key: torch.randn(sizes[i // 2], width) for i, key in enumerate(keys)}
+    projection = {
+        "proj.weight": torch.randn(4 * width, 6), "proj.bias": torch.randn(4 * width),
+        "norm.weight": torch.ones(width), "norm.bias": torch.zeros(width),
+    }  # fmt: skip
+    pipeline.unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": weights}])
+    return pipeline
+
+
+@torch.no_grad()
+def test_image_prompts_are_those_of_stable_diffusion():
+    """From the states on, the frames are what Diffusers' own pipeline draws with the same image prompt."""
+    base = ip_adapter(stable_diffusion())
+    pipeline = quiet(StableDiffusionNoiseDiffusionPipeline(**base.components, requires_safety_checker=False))
+    embeds, states = [torch.randn(2, 1, 6)], {}
+
+    def keep(pipe, step, timestep, tensors):
+        states[step] = tensors["latents"].clone()
+        return {}
+
+    image = {"ip_adapter_image_embeds": embeds}
+    options = {"num_inference_steps": 5, "guidance_scale": 4.0, "output_type": "latent"}
+    ends = {"weights": [0.3, 0.6], "injection": 1.0, "boundary": None, "strength": 1.0}
+    found = pipeline(A, B, "a cat", **ends, callback_on_step_end=keep, **options, **image).images
+    state = noise_diffusion_mix_of(pipeline, states[4], ends)
+    for i in range(2):
+        expected = base("a cat", latents=state[i : i + 1], **options, **image).images
+        torch.testing.assert_close(found[i : i + 1], expected, atol=1e-4, rtol=1e-4)
+    other = pipeline(A, B, "a cat", **ends, **options, ip_adapter_image_embeds=[-embeds[0]]).images
+    assert (other - found).abs().max() > 1e-3
+
+
+def noise_diffusion_mix_of(pipeline, states, ends):
+    clean = pipeline.vae.encode(torch.stack([A, B]) * 2 - 1).latent_dist.mean * pipeline.vae.config.scaling_factor
+    levels = noise_levels(pipeline.scheduler, 5)
+    alpha = levels.alphas_cumprod[-1]
+    return noise_diffusion_mix(
+        states[:1], states[1:], clean[:1], clean[1:], ends["weights"], alpha**0.5, (1 - alpha) ** 0.5,
+        injection=1.0, boundary=None,
+    )[:, 0]  # fmt: skip
+
+
+@torch.no_grad()
+def test_image_prompts_are_encoded_and_checked():
+    pipeline = ip_adapter(sd())
+    torch.manual_seed(9)
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPVisionConfig(**size, image_size=8, patch_size=4, projection_dim=6)
+    pipeline.image_encoder = CLIPVisionModelWithProjection(config).eval()
+    picture = torch.rand(1, 3, 8, 8)
+    found = pipeline(A, B, "a", num_frames=2, ip_adapter_image=picture, **QUICK).images
+    one = pipeline.image_encoder(picture).image_embeds[None]
+    embeds = [torch.cat([torch.zeros_like(one), one])]
+    same = pipeline(A, B, "a", num_frames=2, ip_adapter_image_embeds=embeds, **QUICK).images
+    torch.testing.assert_close(found, same, atol=1e-5, rtol=0)
+    for change, message in (
+        ({}, "`ip_adapter_image` must be given: an IP-Adapter is loaded"),
+        (
+            {"ip_adapter_image": picture, "ip_adapter_image_embeds": embeds},
+            "`ip_adapter_image` must be left out where",
+        ),
+        ({"ip_adapter_image_embeds": [one]}, r"`ip_adapter_image_embeds` must hold tensors of shape \(2, images"),
+        ({"ip_adapter_image": [picture, picture]}, "`ip_adapter_image` must be a list of 1, one for each IP-Adapter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipeline(A, B, "a", **QUICK, **change)
+    with pytest.raises(ValueError, match="`ip_adapter_image` must be left out: no IP-Adapter is loaded"):
+        sd()(A, B, "a", ip_adapter_image=picture, **QUICK)
+
+
+def test_the_schedule_is_the_one_that_the_scheduler_uses(tmp_path):
+    """Diffusers corrects `steps_offset` when the pipeline is made; frames are the same after saving and loading."""
+    with pytest.warns(FutureWarning, match="steps_offset"):
+        pipeline = sd(scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False))
+    assert noise_levels(pipeline.scheduler, 4, 0.75).timesteps == (1, 251, 501)
+    expected = pipeline(A, B, "a", num_frames=1, **QUICK).images
+    pipeline.save_pretrained(tmp_path)
+    loaded = quiet(StableDiffusionNoiseDiffusionPipeline.from_pretrained(tmp_path))
+    torch.testing.assert_close(loaded(A, B, "a", num_frames=1, **QUICK).images, expected, atol=1e-6, rtol=0)
+    changed = DDIMScheduler()
+    changed.register_to_config(steps_offset=1, timestep_spacing="leading")
+    assert noise_levels(changed, 4, 0.75).timesteps == (1, 251, 501)
 
 
 def test_levels_of_the_reference_settings():

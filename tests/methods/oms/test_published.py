@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from diffusers_ext import OMSPipeline, OMSUNet2DConditionModel, save_repo
@@ -198,6 +198,15 @@ def test_indirection_never_runs_code(tmp_path):
     assert not canary.exists()
 
 
+def pickle_weights(folder):
+    """Puts pickled weights in the place of all safetensors under a folder, as their libraries name them."""
+    for path in folder.rglob("*.safetensors"):
+        name = "pytorch_model.bin" if path.name.startswith("model.") else f"{path.stem}.bin"
+        torch.save(load_file(path), path.with_name(name))
+        path.unlink()
+    return folder
+
+
 @pytest.mark.parametrize("part", ["module", "encoder"])
 def test_pickled_weights_are_refused(repos, part):
     repo, encoders = repos
@@ -258,10 +267,17 @@ for name, variant in (("org/oms", None), ("org/oms", "fp16"), ("org/mix", None))
     pipeline = OMSPipeline.from_pretrained(name, base=base, variant=variant, revision="main", **more)
     parts = [pipeline.oms_module, pipeline.oms_text_encoder, pipeline.oms_text_encoder_2]
     found[f"{name}-{variant}"] = [part.state_dict() for part in parts if part is not None]
-whole = DiffusionPipeline.from_pretrained("org/ours", **more)
-whole.set_progress_bar_config(disable=True)
-found["ours"] = whole("a cat", num_inference_steps=2, output_type="latent",
-                      generator=torch.Generator().manual_seed(0)).images
+for key, cls in (("ours", DiffusionPipeline), ("own", OMSPipeline)):
+    whole = cls.from_pretrained("org/ours", **more)
+    assert whole.config["_name_or_path"] == "org/ours"
+    whole.set_progress_bar_config(disable=True)
+    found[key] = whole("a cat", num_inference_steps=2, output_type="latent",
+                       generator=torch.Generator().manual_seed(0)).images
+for repo in [] if more else ["half", "pickled"]:
+    try:
+        OMSPipeline.from_pretrained(f"org/{repo}")
+    except OSError as error:
+        found[repo] = str(error)
 torch.save(found, sys.argv[2])
 """
 
@@ -278,6 +294,9 @@ def test_from_the_hub_and_its_cache(tmp_path):
         serve(hub, "org/encoders", encoders)
         serve(hub, "org/sdxl", sdxl)
         serve(hub, "org/ours", ours)
+        OMSPipeline(module(), base).save_pretrained(tmp_path / "half", variant="fp16")
+        serve(hub, "org/half", tmp_path / "half")
+        serve(hub, "org/pickled", pickle_weights(save_repo(OMSPipeline(module(), base), tmp_path / "pickled")))
         environment = {**os.environ, **hub.environment(tmp_path / "home")}
 
         def load(mode):
@@ -288,7 +307,10 @@ def test_from_the_hub_and_its_cache(tmp_path):
             return torch.load(tmp_path / mode, weights_only=True)
 
         online = load("online")
-        assert [path for _, path in hub.requests if path.endswith((".py", ".bin")) and "ours" not in path] == []
+        foreign = [path for _, path in hub.requests if path.endswith((".py", ".bin"))]
+        assert [path for path in foreign if "ours" not in path and "pickled/resolve" not in path] == []
+        assert 'pass variant="fp16"' in online["half"]
+        assert "pickled ones are refused because they can run code" in online["pickled"]
     offline = load("offline")
     for found in (online, offline):
         for repo, name in (("oms", "org/oms-None"), ("mix", "org/mix-None"), ("oms", "org/oms-fp16")):
@@ -302,7 +324,8 @@ def test_from_the_hub_and_its_cache(tmp_path):
                 expected = load_file(path)
                 assert weights.keys() == expected.keys()
                 assert all(torch.equal(weights[key], value.float()) for key, value in expected.items())
-        torch.testing.assert_close(found["ours"], draw(OMSPipeline(module(), base)), atol=1e-5, rtol=0)
+        for key in ("ours", "own"):
+            torch.testing.assert_close(found[key], draw(OMSPipeline(module(), base)), atol=1e-5, rtol=0)
 
 
 # ---------------------------------------------------------------- this package's own format
@@ -372,3 +395,69 @@ def test_pickled_modules_of_this_package_are_refused(tmp_path):
     OMSPipeline(module()).save_pretrained(tmp_path, safe_serialization=False)
     with pytest.raises(OSError, match="pickled ones are refused"):
         OMSPipeline.from_pretrained(tmp_path)
+
+
+WHOLE = ["oms_module", "oms_text_encoder", "sd_pipeline/unet", "sd_pipeline/vae", "sd_pipeline/text_encoder"]
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """A pipeline with an encoder of its own and a base."""
+    return OMSPipeline(module(), stable_diffusion(), text_encoder(seed=9), tokenizer())
+
+
+@pytest.mark.parametrize("part", WHOLE)
+def test_one_pickled_component_is_refused_before_any_is_read(tmp_path, whole, part):
+    save_repo(whole, tmp_path)
+    pickle_weights(tmp_path / part)
+    given = {"sd_pipeline": stable_diffusion()} if part.startswith("sd") else {part: getattr(whole, part)}
+    assert draw(OMSPipeline.from_pretrained(tmp_path, **given)).isfinite().all()  # what is given is not looked for
+    for path in tmp_path.rglob("config.json"):
+        path.write_text("{")  # could not be read
+    with pytest.raises(
+        OSError, match=rf"{tmp_path / part} holds no safetensors weights, .*refused because they can run"
+    ):
+        OMSPipeline.from_pretrained(tmp_path)
+
+
+def test_a_pickled_encoder_of_a_published_module_is_refused_before_any_is_read(repos):
+    repo, encoders = repos
+    pickle_weights(encoders)
+    (repo / "oms_module" / "config.json").write_text("{")
+    with pytest.raises(
+        OSError, match="`oms_text_encoder` could not be loaded(.|\n)*refused because they can run code"
+    ):
+        OMSPipeline.from_pretrained(repo)
+
+
+@pytest.mark.parametrize("cls", [OMSPipeline, DiffusionPipeline, AutoPipelineForText2Image])
+def test_dtype_and_variant_reach_the_base(tmp_path, whole, cls):
+    save_repo(whole, tmp_path)
+    save_repo(whole, tmp_path / "half", variant="fp16")
+    for path, more in ((tmp_path, {}), (tmp_path / "half", {"variant": "fp16"})):
+        loaded = cls.from_pretrained(path, dtype=torch.bfloat16, **more)
+        names = ("oms_module", "oms_text_encoder", "unet", "vae", "text_encoder")
+        assert {name: getattr(loaded, name).dtype for name in names} == dict.fromkeys(names, torch.bfloat16)
+        assert torch.equal(loaded.unet.conv_in.weight, whole.unet.conv_in.weight.bfloat16())
+
+
+@pytest.mark.parametrize("part", WHOLE)
+def test_a_repo_of_one_variant_says_which(tmp_path, whole, part):
+    save_repo(whole, tmp_path)
+    for path in (tmp_path / part).glob("*.safetensors"):
+        path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
+    with pytest.raises(OSError, match=rf'{tmp_path / part} has weights of a variant only: pass variant="fp16"'):
+        OMSPipeline.from_pretrained(tmp_path)
+    loaded = OMSPipeline.from_pretrained(tmp_path, variant="fp16")  # where the others are taken without
+    assert torch.equal(loaded.unet.conv_in.weight, whole.unet.conv_in.weight)
+    with pytest.raises(OSError, match=r'pass variant="fp16"\. Got variant=.bf16.'):
+        OMSPipeline.from_pretrained(tmp_path, variant="bf16")
+    if part == "oms_module":
+        with pytest.raises(OSError, match='pass variant="fp16"'):
+            OMSUNet2DConditionModel.from_pretrained(tmp_path, subfolder=part)
+
+
+def test_a_published_module_of_one_variant_says_which(repos):
+    (repos[0] / "oms_module" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(OSError, match='`oms_module` could not be loaded(.|\n)* pass variant="fp16"'):
+        OMSPipeline.from_pretrained(repos[0])

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from diffusers import (
+    DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DEISMultistepScheduler,
+    DPMSolverMultistepInverseScheduler,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
@@ -146,6 +148,13 @@ def test_schedules_that_start_from_pure_noise_are_refused():
         start_level(flow)
     exploding = ScoreSdeVeScheduler()
     exploding.set_timesteps(4)
+    for inverse in (DDIMInverseScheduler, DPMSolverMultistepInverseScheduler):
+        with pytest.raises(ValueError, match=f"must go from noise to the image, got {inverse.__name__}"):
+            start_level(inverse(**STABLE_DIFFUSION))
+    rising = DDPMScheduler()
+    rising.timesteps = torch.tensor([1, 500, 999])
+    with pytest.raises(ValueError, match="timesteps that rise from 1 to 999"):
+        start_level(rising)
     with pytest.raises(ValueError, match="with `alphas_cumprod`"):
         start_level(exploding)
 

@@ -141,7 +141,7 @@ def test_the_output_is_a_repo_that_names_its_base(folder, tmp_path):
             {"pretrained_model_name_or_path": "/nowhere"},
             "`pretrained_model_name_or_path` must be a Hub repo or a folder",
         ),
-        ({"module_config": "/nowhere.json"}, "`module_config` must be an existing JSON file"),
+        ({"module_config": "/nowhere.json"}, "`module_config` must be an existing file or one of"),
         ({"module_config": __file__}, "`module_config` must be a JSON object in a file"),
         ({"channels": 3}, "`channels` must be 1"),
         ({"condition_dropout": 1.0}, r"`condition_dropout` must be a number in \[0, 1\)"),

@@ -149,6 +149,21 @@ def test_half_precision_is_finite_and_near(dtype):
     assert (half.float() - exact).abs().max() < 0.1
 
 
+def test_the_gradient_goes_through_layerwise_casting():
+    """Weights kept in fp8 between calls: as a network whose weights were rounded so."""
+    net, rounded = unet(), unet()
+    net.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    kept = {name for name, p in net.named_parameters() if p.dtype == torch.float8_e4m3fn}
+    assert len(kept) > 10
+    for name, p in rounded.named_parameters():
+        if name in kept:
+            p.data = p.data.to(torch.float8_e4m3fn).float()
+    config = AlignConfig(num_steps=10, factor=2)
+    found, expected = (align(it, SCHEDULER, images(), config, generator=seeded(2)) for it in (net, rounded))
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, align(unet(), SCHEDULER, images(), config, generator=seeded(2)), atol=1e-3)
+
+
 def test_callback_counts_and_its_result_is_used():
     calls = []
 

@@ -103,6 +103,47 @@ def test_any_callable_classifies():
     assert pipeline(torch.stack([torch.ones(1, 8, 8), torch.zeros(1, 8, 8)]), ensemble="source").labels == ["0", "1"]
 
 
+class Plain(torch.nn.Module):
+    """A classifier as timm and torchvision make them: no config, no device, no dtype."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        self.inner = classifier(seed)
+        self.num_classes, self.default_cfg = 10, {"input_size": (1, 8, 8)}
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: Plain(), lambda model: lambda x: model(x)])
+def test_a_plain_module_or_function_classifies_as_the_model_within(wrap, tmp_path):
+    expected = make(adapted_classifier=None)(IMAGES, generator=seeded(3)).logits
+    pipeline = make(classifier=wrap(classifier(0)), adapted_classifier=None)
+    assert torch.equal(pipeline(IMAGES, generator=seeded(3)).logits, expected)
+    again = SDATTAPipeline.from_pipe(pipeline)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(again(IMAGES, generator=seeded(3)).logits, expected)
+    later = make(adapted_classifier=None, classifier=classifier(5))
+    later.classifier = wrap(classifier(0))
+    assert torch.equal(later(IMAGES, generator=seeded(3)).logits, expected)
+    later.classifier = classifier(5)  # takes the place of the plain one
+    assert not torch.equal(later(IMAGES, generator=seeded(3)).logits, expected)
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`classifier` must be given to the pipeline: this one has none"):
+        SDATTAPipeline.from_pretrained(tmp_path)(IMAGES)
+
+
+def test_a_plain_module_moves_with_the_pipeline():
+    plain = Plain()
+    pipeline = make(classifier=plain, adapted_classifier=None).to(torch.bfloat16)
+    assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+    full = make(adapted_classifier=None)(IMAGES, generator=seeded(3), ensemble="source").logits
+    half = pipeline(IMAGES, generator=seeded(3), ensemble="source").logits
+    assert half.dtype == torch.float32
+    assert torch.allclose(half, full, atol=0.05)
+    assert not torch.equal(half, full)
+
+
 def test_a_transformers_classifier_is_restored_with_its_labels(tmp_path):
     from transformers import ConvNextImageProcessorPil, ResNetConfig, ResNetForImageClassification
 
@@ -163,6 +204,14 @@ def test_callback_sees_every_step_and_changes_it():
 def test_bad_calls(changes, match):
     with pytest.raises(ValueError, match=match):
         make()(**{"images": IMAGES, **changes})
+
+
+@pytest.mark.parametrize("ensemble", ["sum", "adapted", "source"])
+def test_without_classifiers_a_sentence(ensemble):
+    with pytest.raises(ValueError, match="`classifier` must be given to the pipeline: this one has none"):
+        make(classifier=None, adapted_classifier=None)(IMAGES, ensemble=ensemble)
+    if ensemble == "adapted":
+        assert make(classifier=None)(IMAGES, ensemble=ensemble).logits.shape == (3, 10)
 
 
 def test_models_that_do_not_fit():
