@@ -18,8 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import diffusers_ext.data.cache as cache
-from diffusers_ext import StepRNG, TextToImageConfig, TextToImageRecipe, Trainer
+from diffusers_ext import ImageClassifierFeatures, StepRNG, TextToImageConfig, TextToImageRecipe, Trainer
 from diffusers_ext.data.buckets import BucketBatchSampler, bucket_sizes, nearest_bucket
+from diffusers_ext.data.digits import CLASSIFIER, TEXT_TO_IMAGE
 from diffusers_ext.training.lora import adapters_off
 from diffusers_ext.training.pipeline_schedule import pipeline_objective, sampling_shift
 from diffusers_ext.training.recipe import Context
@@ -443,3 +444,17 @@ def test_a_pipeline_without_text_is_told_what_to_use(root, tmp_path):
         ValueError, match="must be a text-to-image pipeline, got ImageGenerationPipeline.*`immiscible`"
     ):
         run(root, tmp_path / "out", pretrained_model_name_or_path=str(tmp_path / "plain"))
+
+
+def test_the_shipped_model_draws_its_prompts_by_the_stock_pipeline():
+    pipe = DiffusionPipeline.from_pretrained(TEXT_TO_IMAGE)
+    assert type(pipe).__module__.startswith("diffusers.pipelines.stable_diffusion_3")
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["a handwritten zero", "a handwritten three", "a handwritten seven"]
+    call = {"guidance_scale": 2.0, "num_inference_steps": 8, "output_type": "pt"}
+    images = pipe(prompts, generator=torch.Generator().manual_seed(0), **call).images
+    judge = ImageClassifierFeatures.from_pretrained(CLASSIFIER).eval()
+    with torch.no_grad():
+        read = judge(images.mean(1, keepdim=True)[:, :, 2:-2, 2:-2] * 2 - 1).argmax(1)
+    assert read.tolist() == [0, 3, 7]
+    assert sum(path.stat().st_size for path in TEXT_TO_IMAGE.rglob("*")) < 3 * 2**20
