@@ -25,7 +25,7 @@ MODEL = ASSETS / "digits-text"
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 PROMPTS = [f"a handwritten {name}" for name in NAMES]
 CALL = {"max_sequence_length": 6}  # of the text's tokens: more cost time and say nothing here
-UPDATES = 40
+UPDATES = 80
 
 
 def text_to_image(output_dir: Path) -> Path:
@@ -50,7 +50,7 @@ def text_to_image(output_dir: Path) -> Path:
         lora_targets="to_q,to_k,to_v,to_out.0,proj_out",
         train_batch_size=10,
         max_train_steps=UPDATES,
-        learning_rate=5e-3,
+        learning_rate=2e-3,
         use_ema=False,
         num_validation_images=0,
     )
@@ -72,7 +72,7 @@ def text_to_image(output_dir: Path) -> Path:
 def draw(pipeline: Any) -> torch.Tensor:
     """Returns one image a prompt, `(10, 3, 32, 32)` in `[-1, 1]`, always from the same noise."""
     generator = torch.Generator().manual_seed(0)
-    options = {"num_inference_steps": 12, "guidance_scale": 2.0, "output_type": "pt", **CALL}
+    options = {"num_inference_steps": 10, "guidance_scale": 2.0, "output_type": "pt", **CALL}
     return pipeline(PROMPTS, generator=generator, **options).images * 2 - 1
 
 
