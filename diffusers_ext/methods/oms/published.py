@@ -135,8 +135,8 @@ def _load(
             return loader(place, subfolder=folder, **options, **extra)
         except (OSError, ValueError) as error:
             failures.append(str(error))
-    hint = f"It {hint}" if (hint := variant_hint(place, folder, **options)) else ""
+    hint = f" It {hint}" if (hint := variant_hint(place, folder, **options)) else ""
     raise OSError(
         f"`{name}` could not be loaded from {folder!r} of {place!r}; pass it as an argument, or None to use the base "
-        f"pipeline's. {hint} Cause: {failures[-1]}"
+        f"pipeline's.{hint} Cause: {failures[-1]}"
     )
