@@ -94,7 +94,8 @@ def noise_diagnostics(
         raise ValueError(f"`expected_std` must be a number > 0, got {expected_std!r}.")
     values = latents.detach().cpu()
     array = values.to(torch.promote_types(values.dtype, torch.float32)).numpy()
-    parts = [_figures(array[start : start + 64], expected_std) for start in range(0, len(array), 64)]
+    size = max(1, 2**16 // array[0].size)  # what a processor's cache holds
+    parts = [_figures(array[start : start + size], expected_std) for start in range(0, len(array), size)]
     columns = {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in parts[0]}
     together = array.reshape(1, -1, *(array.shape[-2:] if array.ndim > 2 else ()))
     pooled = {k: float(v[0]) for k, v in (parts[0] if len(array) == 1 else _figures(together, expected_std)).items()}
@@ -112,7 +113,8 @@ def _figures(values: np.ndarray, expected_std: float) -> dict[str, np.ndarray]:
     centred = flat - mean
     squares = np.square(centred)
     mean = mean[:, 0].astype(np.float64)
-    variance = squares.mean(1).astype(np.float64)
+    total = _total(squares)
+    variance = total / count
     fourth = np.square(squares, out=squares).mean(1).astype(np.float64)
     spread = variance > (4 * np.finfo(flat.dtype).eps * mean) ** 2  # else rounding alone
     rms = np.sqrt(variance + mean**2)
@@ -125,7 +127,7 @@ def _figures(values: np.ndarray, expected_std: float) -> dict[str, np.ndarray]:
         "tail_3": np.array(tails[1]) / count,
         "excess_kurtosis": np.where(spread, fourth / np.where(spread, variance, 1) ** 2 - 3, 0.0),
         "ks": _ks_distance(ordered),
-        "correlation": _neighbour_correlation(centred.reshape(values.shape), spread),
+        "correlation": _neighbour_correlation(centred.reshape(values.shape), total, spread),
     }
 
 
@@ -139,24 +141,23 @@ def _ks_distance(ordered: np.ndarray) -> np.ndarray:
     return np.maximum(above.max(1).astype(np.float64) + 1 / count, -above.min(1).astype(np.float64))
 
 
-def _neighbour_correlation(centred: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """Returns the mean over both axes; `centred` has the mean 0."""
-    found = []
+def _neighbour_correlation(centred: np.ndarray, squares: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """Returns the mean over both axes; `squares` are the sums of squares of `centred`, whose mean is near 0."""
+    found, whole = [], _total(centred)
     for axis in (-1, -2):
         if centred.ndim < 3 or centred.shape[axis] < 2:
             continue
-        whole = np.moveaxis(centred, axis, -1)
-        sums = [_sums(x) for x in (whole[..., :-1], whole[..., 1:])]
-        count = whole[0, ..., 1:].size
-        product = _total(whole[..., :-1] * whole[..., 1:]) / count - sums[0][0] * sums[1][0] / count**2
-        scale = np.prod([squares / count - (total / count) ** 2 for total, squares in sums], axis=0)
+        along = [(...,) + (cut,) + (slice(None),) * (-1 - axis) for cut in (0, -1, slice(None, -1), slice(1, None))]
+        first, last = centred[along[0]], centred[along[1]]
+        products = centred[along[2]] * centred[along[3]]
+        count = products[0].size
+        # Either neighbour is all but one line.
+        sums = [(whole - _total(line), squares - _total(np.square(line))) for line in (last, first)]
+        product = _total(products) / count - sums[0][0] * sums[1][0] / count**2
+        scale = np.prod([square / count - (total / count) ** 2 for total, square in sums], axis=0)
         there = spread & (scale > 0)
         found.append(np.where(there, product / np.sqrt(np.where(there, scale, 1)), 0.0))
     return np.mean(found, axis=0) if found else np.full(len(centred), np.nan)
-
-
-def _sums(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return _total(values), _total(np.square(values))
 
 
 def _total(values: np.ndarray) -> np.ndarray:
