@@ -287,6 +287,7 @@ class Interpolation:
                     noise=of_pairs, **numbers,
                 )  # fmt: skip
             elif mixing.method == "noise":
+                assert of_pairs is not None
                 added = noise_scale * of_pairs
                 mixed = slerp(image_scale * clean[one] + added, image_scale * clean[other] + added, weights)
             else:

@@ -19,6 +19,7 @@ from diffusers_ext import (
     PipelineNoiseDiffusion,
     StableDiffusionNoiseDiffusionPipeline,
     StableDiffusionXLNoiseDiffusionPipeline,
+    noise_diagnostics,
     noise_levels,
 )
 from diffusers_ext.methods.noise_diffusion.levels import any_levels, flow_levels
@@ -137,10 +138,13 @@ def test_norm_and_marginal_are_kept(normal):
         *images, "a", weights=[0.3], injection=sum(alpha), fixed_point_iterations=15, **options
     )  # fmt: skip
     torch.testing.assert_close(output.images[0], alpha[0] * latents[0] + alpha[1] * latents[1], atol=2e-4, rtol=0)
-    figures = output.diagnostics["frames"]
-    assert figures.expected_std == pytest.approx(1.0 if model.kind == "epsilon" else model.state_std)
-    assert figures.norm_ratio.item() == pytest.approx(1, abs=0.05)
+    figures = noise_diagnostics(output.images)
+    assert figures.norm_ratio.item() == pytest.approx(1, abs=0.02)
     assert figures.ks.item() < 0.02
+    states = output.diagnostics["frames"]  # inflated as the inverse of the way back is
+    assert states.expected_std == pytest.approx(1.0 if model.kind == "epsilon" else model.state_std)
+    inflation = 1 / (model.down * model.state_std)
+    assert states.norm_ratio.item() == pytest.approx(inflation * figures.norm_ratio.item(), rel=1e-3)
     slerp = pipeline(*images, "a", weights=[0.5], method="slerp", fixed_point_iterations=15, **options).images
     lerp = pipeline(*images, "a", weights=[0.5], method="lerp", fixed_point_iterations=15, **options).images
     assert slerp.std().item() == pytest.approx(1, abs=0.02)
@@ -194,7 +198,8 @@ def test_flow_models_return_to_their_ends_and_sample_as_their_stock_pipelines(ma
         return {}
 
     before = repr(pipe.scheduler.config), torch.random.get_rng_state()
-    options = {**EXACT_END, "num_inference_steps": 6, "strength": 1.0}
+    iterations = 18 if name == "ZImagePipeline" else 6  # which bends more
+    options = {**EXACT_END, "fixed_point_iterations": iterations, "num_inference_steps": 6, "strength": 1.0}
     found = PipelineNoiseDiffusion(pipe)(
         A, B, "a cat", "a red dog on the beach", weights=[0.0, 1.0], callback_on_step_end=keep, **options
     ).images
