@@ -52,13 +52,9 @@ _PUBLIC = {
     "methods.mmd_ddm.replay": ["replayed_loss"],
     "methods.noise_diffusion.base": ["NoiseDiffusionPipelineOutput"],
     "methods.noise_diffusion.diagnostics": ["NoiseDiagnostics", "noise_diagnostics", "plot_noise_diagnostics"],
-    "methods.noise_diffusion.inversion": [
-        "NoiseLevels",
-        "ddim_decode",
-        "ddim_invert",
-        "expected_inverted_std",
-        "noise_levels",
-    ],
+    "methods.noise_diffusion.any_pipeline": ["PipelineNoiseDiffusion"],
+    "methods.noise_diffusion.inversion": ["ddim_decode", "ddim_invert", "expected_inverted_std"],
+    "methods.noise_diffusion.levels": ["NoiseLevels", "noise_levels"],
     "methods.noise_diffusion.mix": [
         "interpolate_embeddings",
         "lerp",

@@ -15,7 +15,7 @@ METHOD = 40
 SECONDS = {
     "tests": 200,
     "tests/generation": 60,
-    "tests/methods/noise_diffusion": 60,
+    "tests/methods/noise_diffusion": 75,
     "tests/methods/oms": 120,
     "tests/training": 260,
 }

@@ -53,6 +53,25 @@ class Conditions:
         """Returns one prompt's conditions for a whole batch."""
         return self if len(self) == batch else self[[0] * batch]
 
+    def interpolated(self, other: Conditions, weights: Sequence[float]) -> Conditions:
+        """Interpolates the encoded texts linearly, prompt by prompt.
+
+        Args:
+            other: as many, at weight 1.
+            weights: one for each.
+
+        Raises:
+            ValueError: two texts have unequal lengths or masks, or two labels differ: nothing lies between them.
+        """
+        mixed = []
+        for i, weight in enumerate(weights):
+            a, b = self.recordings[i], other.recordings[i]
+            same = self.prompts[i] == other.prompts[i]
+            if not a and not same:
+                raise ValueError("class labels cannot be interpolated.")
+            mixed.append(a if same else _between(a, b, weight))
+        return Conditions(self.prompts, mixed, self.masked)
+
     @property
     def lengths(self) -> list[tuple[int, ...]]:
         """The lengths of each prompt's texts that have no mask: prompts of other lengths cannot share a batch."""
@@ -191,6 +210,22 @@ def _padded(value: torch.Tensor, axis: int, length: int) -> torch.Tensor:
 
 def _moved(value: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+
+def _between(a: Any, b: Any, weight: float) -> Any:
+    """Interpolates two recordings; what is no embedding must be equal."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape:
+        if a.is_floating_point() and not (_is_mask(a) or _is_mask(b)):
+            return ((1 - weight) * a.double() + weight * b.double()).to(a.dtype)
+        if torch.equal(a, b):
+            return a
+    elif isinstance(a, dict):
+        return {key: _between(a[key], b[key], weight) for key in a}
+    elif isinstance(a, (list, tuple)) and len(a) == len(b):
+        return type(a)([_between(one, other, weight) for one, other in zip(a, b, strict=True)])
+    elif not isinstance(a, (torch.Tensor, list, tuple)) and a == b:
+        return a
+    raise ValueError("texts of unequal lengths or masks cannot be interpolated.")
 
 
 # A name is the path through the containers, each step with its kind, as in "l0.t1.dmask"; what is no tensor is written

@@ -1,4 +1,4 @@
-"""What all pipelines that interpolate share: the checks, one inversion, the mix, one denoising."""
+"""What all that interpolates shares: the checks, one inversion, the mix, one denoising."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from diffusers_ext.hub.loading import SafePipeline
 
 from .diagnostics import NoiseDiagnostics, noise_diagnostics
 from .images import gathered, read_images
-from .inversion import Model, NoiseLevels, ddim_decode, ddim_invert, expected_inverted_std, noise_levels
+from .inversion import Model, ddim_decode, ddim_invert, expected_inverted_std
+from .levels import Levels
 from .mix import PerFrame, lerp, noise_diffusion_mix, slerp
 
-__all__ = ["METHODS", "InterpolationPipeline", "NoiseDiffusionPipelineOutput"]
+__all__ = ["METHODS", "Interpolation", "InterpolationPipeline", "NoiseDiffusionPipelineOutput"]
 
 METHODS = ("noise_diffusion", "slerp", "lerp", "noise")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -51,10 +52,10 @@ class Mixing:
     """The checked arguments of a call that say how frames are made."""
 
     weights: torch.Tensor
-    levels: NoiseLevels
+    levels: Levels
     method: str
     numbers: dict[str, Any]
-    alpha_cumprod: float
+    scales: tuple[float, float]  # of image and noise where images are put back in
     fixed_point_iterations: int
     frame_batch_size: int | None
 
@@ -76,13 +77,8 @@ class Network:
         """Uses what a callback returned from now on."""
 
 
-class InterpolationPipeline(SafePipeline):
-    """Base of the pipelines; one of them says how images become states, and what its network is told."""
-
-    # Diffusers annotates `config` as a dict.
-    unet: Any
-    scheduler: Any
-    image_processor: Any
+class Interpolation:
+    """The call of all that interpolates, piece by piece."""
 
     _callback_tensor_inputs = ["latents"]
     _num_timesteps = 0
@@ -98,12 +94,6 @@ class InterpolationPipeline(SafePipeline):
         """Whether a callback has stopped the present call, by `pipeline._interrupt = True`."""
         return self._interrupt
 
-    # ------------------------------------------------------------------ what a pipeline provides
-
-    @property
-    def _autoencoder(self) -> Any:
-        return self.vae
-
     # ------------------------------------------------------------------ checks
 
     def _check_mixing(
@@ -111,8 +101,7 @@ class InterpolationPipeline(SafePipeline):
         num_frames: int,
         weights: PerFrame | None,
         method: str,
-        num_inference_steps: int,
-        strength: float,
+        levels: Levels,
         numbers: dict[str, Any],
         legacy_timestep: bool,
         fixed_point_iterations: int,
@@ -127,7 +116,6 @@ class InterpolationPipeline(SafePipeline):
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"`{name}` must be an integer >= {least}, got {value!r}.")
-        levels = noise_levels(self.scheduler, num_inference_steps, strength)
         if weights is None:
             weights = torch.linspace(0, 1, num_frames + 2, dtype=torch.float64)[1:-1]
         try:
@@ -143,8 +131,10 @@ class InterpolationPipeline(SafePipeline):
             raise ValueError(
                 f"`weights` must be as many as the numbers that are given per frame, got {len(number)} and {frames}."
             )
-        alpha_cumprod = levels.next_alpha_cumprod if legacy_timestep else levels.alphas_cumprod[-1]
-        return Mixing(number, levels, method, numbers, alpha_cumprod, fixed_point_iterations, frame_batch_size)
+        if numbers["boundary"] is not None:  # in standard deviations of the states
+            numbers = {**numbers, "boundary": levels.std * torch.as_tensor(numbers["boundary"], dtype=torch.float64)}
+        scales = levels.scales(legacy_timestep)
+        return Mixing(number, levels, method, numbers, scales, fixed_point_iterations, frame_batch_size)
 
     def _read_pairs(
         self, image_0: Any, image_1: Any, channels: int, divisor: int
@@ -215,7 +205,7 @@ class InterpolationPipeline(SafePipeline):
             Parts of the frames `(pairs * N, ...)`, those of a pair together.
         """
         first, second = pairs
-        inverts = mixing.method != "noise"
+        inverts, std = mixing.method != "noise", mixing.levels.std
         count, frames = len(mixing.levels.timesteps), len(mixing.weights) * len(first)
         size = mixing.frame_batch_size or frames
         parts = [slice(start, min(start + size, frames)) for start in range(0, frames, size)]
@@ -241,8 +231,8 @@ class InterpolationPipeline(SafePipeline):
                     lambda: self.interrupt,
                 )  # fmt: skip
                 if diagnostics is not None:
-                    samples, inflation = _spread(len(states)), expected_inverted_std(mixing.levels)
-                    found = noise_diagnostics(states[samples], inflation=inflation)
+                    samples, inflation = _spread(len(states)), expected_inverted_std(mixing.levels) / std
+                    found = noise_diagnostics(states[samples], std, inflation)
                     diagnostics["inverted"] = replace(found, samples=tuple(samples))
             noise = self._shared_noise(clean, first, second, mixing, generator)
             samples, looked_at = _spread(frames), []
@@ -254,7 +244,7 @@ class InterpolationPipeline(SafePipeline):
                 after = stepped(network, count * inverts)
                 yield ddim_decode(network, mixed, mixing.levels, after, lambda: self.interrupt)
             if diagnostics is not None:
-                found = noise_diagnostics(torch.stack(looked_at))
+                found = noise_diagnostics(torch.stack(looked_at), std)
                 diagnostics["frames"] = replace(found, samples=tuple(samples))
 
     @staticmethod
@@ -285,7 +275,7 @@ class InterpolationPipeline(SafePipeline):
         part: slice,
     ) -> torch.Tensor:
         """Returns a part of the mixed states `(pairs * N, ...)`."""
-        image_scale, noise_scale = mixing.alpha_cumprod**0.5, (1 - mixing.alpha_cumprod) ** 0.5
+        image_scale, noise_scale = mixing.scales
         found = []
         for pairs, frames in pieces(part, len(mixing.weights)):
             one, other, weights = first[pairs], second[pairs], mixing.weights[frames]
@@ -297,12 +287,41 @@ class InterpolationPipeline(SafePipeline):
                     noise=of_pairs, **numbers,
                 )  # fmt: skip
             elif mixing.method == "noise":
+                assert of_pairs is not None
                 added = noise_scale * of_pairs
                 mixed = slerp(image_scale * clean[one] + added, image_scale * clean[other] + added, weights)
             else:
                 mixed = (slerp if mixing.method == "slerp" else lerp)(states[one], states[other], weights)
             found.append(by_pair(mixed))
         return torch.cat(found)
+
+    def _output(
+        self,
+        images: Any,
+        first: list[int],
+        second: list[int],
+        mixing: Mixing,
+        diagnostics: dict[str, NoiseDiagnostics],
+        return_dict: bool,
+        flagged: list[bool] | None = None,
+    ) -> NoiseDiffusionPipelineOutput | tuple:
+        offsets = first if _is_path(first, second) else [0] * len(first)
+        weights = [offset + w for offset in offsets for w in mixing.weights.tolist()]
+        output = NoiseDiffusionPipelineOutput(images, weights, diagnostics, flagged)
+        return output if return_dict else output.to_tuple()
+
+
+class InterpolationPipeline(Interpolation, SafePipeline):
+    """Base of the pipelines; one of them says how images become states, and what its network is told."""
+
+    # Diffusers annotates `config` as a dict.
+    unet: Any
+    scheduler: Any
+    image_processor: Any
+
+    @property
+    def _autoencoder(self) -> Any:
+        return self.vae
 
     def _encode(self, pixels: torch.Tensor, sample_posterior: bool = False, generator: Any = None) -> torch.Tensor:
         """Brings images in `[-1, 1]` into the space that is diffused, in fp32."""
@@ -339,21 +358,6 @@ class InterpolationPipeline(SafePipeline):
             decoding = (decoded(autoencoder, part).float() for part in latents.split(frame_batch_size or count))
             images = gathered(finished(decoding), count)
         return images, flagged or None
-
-    def _output(
-        self,
-        images: Any,
-        first: list[int],
-        second: list[int],
-        mixing: Mixing,
-        diagnostics: dict[str, NoiseDiagnostics],
-        return_dict: bool,
-        flagged: list[bool] | None = None,
-    ) -> NoiseDiffusionPipelineOutput | tuple:
-        offsets = first if _is_path(first, second) else [0] * len(first)
-        weights = [offset + w for offset in offsets for w in mixing.weights.tolist()]
-        output = NoiseDiffusionPipelineOutput(images, weights, diagnostics, flagged)
-        return output if return_dict else output.to_tuple()
 
 
 def by_pair(frames: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel, VQModel
 from diffusers.image_processor import VaeImageProcessor
 
 from .base import InterpolationPipeline, Network, NoiseDiffusionPipelineOutput
+from .levels import noise_levels
 from .mix import PerFrame
 
 __all__ = ["NoiseDiffusionPipeline"]
@@ -157,8 +158,8 @@ class NoiseDiffusionPipeline(InterpolationPipeline):
         if getattr(self.unet, "class_embedding", None) is not None:
             raise ValueError("`unet` must be unconditional, got one with classes.")
         mixing = self._check_mixing(
-            num_frames, weights, method, num_inference_steps, strength, numbers, legacy_timestep,
-            fixed_point_iterations, frame_batch_size,
+            num_frames, weights, method, noise_levels(self.scheduler, num_inference_steps, strength), numbers,
+            legacy_timestep, fixed_point_iterations, frame_batch_size,
         )  # fmt: skip
         pixels, first, second = self._read_pairs(image_0, image_1, *self._image_format())
         draws = 1 if image_1 is None else len(first)

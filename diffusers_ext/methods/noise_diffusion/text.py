@@ -10,9 +10,10 @@ import torch
 
 from .base import InterpolationPipeline, NoiseDiffusionPipelineOutput, by_pair, pieces
 from .condition import Condition, TextNetwork
+from .levels import noise_levels
 from .mix import PerFrame, interpolate_embeddings
 
-__all__ = ["TextInterpolationPipeline"]
+__all__ = ["TextInterpolationPipeline", "texts_per_image"]
 
 
 class TextInterpolationPipeline(InterpolationPipeline):
@@ -100,9 +101,9 @@ class TextInterpolationPipeline(InterpolationPipeline):
         if is_path:
             if prompt_1 is not None:
                 raise ValueError("`prompt_1` must be left out on a path: `prompt` is one text, or one per image.")
-            return _texts("prompt", prompt, count), given
-        first = _texts("prompt", prompt, count // 2)
-        return first + (first if prompt_1 is None else _texts("prompt_1", prompt_1, count // 2)), given
+            return texts_per_image("prompt", prompt, count), given
+        first = texts_per_image("prompt", prompt, count // 2)
+        return first + (first if prompt_1 is None else texts_per_image("prompt_1", prompt_1, count // 2)), given
 
     def _check_image_prompt(self, image: Any, embeds: Any, guided: bool) -> None:
         adapted = getattr(self.unet.config, "encoder_hid_dim_type", None) == "ip_image_proj"
@@ -249,8 +250,8 @@ class TextInterpolationPipeline(InterpolationPipeline):
         """
         numbers = {"gamma": gamma, "injection": injection, "mu": mu, "nu": nu, "boundary": boundary}
         mixing = self._check_mixing(
-            num_frames, weights, method, num_inference_steps, strength, numbers, legacy_timestep,
-            fixed_point_iterations, frame_batch_size,
+            num_frames, weights, method, noise_levels(self.scheduler, num_inference_steps, strength), numbers,
+            legacy_timestep, fixed_point_iterations, frame_batch_size,
         )  # fmt: skip
         for name, scale in (
             ("guidance_scale", guidance_scale),
@@ -328,9 +329,9 @@ class TextInterpolationPipeline(InterpolationPipeline):
         return condition
 
 
-def _texts(name: str, value: Any, count: int) -> list[str]:
-    """Returns one text per image."""
-    texts = [value or ""] * count if value is None or isinstance(value, str) else value
-    if not isinstance(texts, list) or len(texts) != count or not all(isinstance(text, str) for text in texts):
+def texts_per_image(name: str, value: Any, count: int, kinds: Any = str) -> list[Any]:
+    """Returns one text per image, or one of other `kinds`."""
+    texts = [""] * count if value is None else [value] * count if isinstance(value, kinds) else value
+    if not isinstance(texts, list) or len(texts) != count or not all(isinstance(text, kinds) for text in texts):
         raise ValueError(f"`{name}` must be one text or {count}, one per image, got {value!r}.")
     return texts
