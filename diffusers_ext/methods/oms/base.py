@@ -128,6 +128,8 @@ def first_level(base: Any, arguments: dict[str, Any]) -> StartLevel:
         if arguments.get(name) is not None
     }
     steps = arguments.get("num_inference_steps")
+    if steps is None and not options:
+        steps = getattr(base, "default_inference_steps", None)
     if not (isinstance(steps, int) and steps >= 1 or "timesteps" in options or "sigmas" in options):
         raise ValueError(f"`num_inference_steps` must be an integer >= 1, got {steps!r}.")
     scheduler = copy.deepcopy(base.scheduler)

@@ -176,6 +176,10 @@ class OMSPipeline(SafePipeline):
         settings = {k: v for k, v in base.config.items() if k not in parts and not k.startswith("_")}
         return FrozenDict({**settings, **{k: v for k, v in own.items() if v is not None or k not in settings}})
 
+    @classmethod
+    def _check_timesteps(cls, config: Any, name: str) -> None:
+        """Takes every network: the base keeps to its timesteps."""
+
     def _check_base(self, oms_module: Any, base: Any) -> None:
         """Raises `ValueError` unless the base takes latents of the module's space."""
         if isinstance(base, OMSPipeline):

@@ -167,7 +167,9 @@ def test_real_features_are_computed_once_and_alike(folder, tmp_path):
         calls.append(len(images))
         return images.flatten(1)
 
-    _, again, _ = train(config(folder, tmp_path / "cached", overwrite_output_dir=True), [counted])  # the same features under another name
+    _, again, _ = train(
+        config(folder, tmp_path / "cached", overwrite_output_dir=True), [counted]
+    )  # the same features under another name
     assert files[0].stat().st_mtime_ns == written
     assert again == cached
     assert calls == [8, 1] + [8] * 3  # eight images to try the extractor on, then generated ones only
