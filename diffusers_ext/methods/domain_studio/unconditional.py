@@ -43,8 +43,8 @@ class UnconditionalModel:
             )
         if denoiser.tuned_timesteps:
             raise ValueError(
-                f"`pretrained_model_name_or_path` must be a model that is good at every timestep, got {name!r}, tuned for "
-                f"{denoiser.tuned_timesteps} only: adapt the model that it was tuned from, and tune after that."
+                f"`pretrained_model_name_or_path` must be a model that is good at every timestep, got {name!r}, tuned "
+                f"for {denoiser.tuned_timesteps} only: adapt the model that it was tuned from, and tune after that."
             )
         self.unet, self.vae, self.image_scale = denoiser.unet, denoiser.vae, denoiser.image_scale
         scheduler, channels = denoiser.scheduler, self.unet.config.in_channels
