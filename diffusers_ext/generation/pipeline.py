@@ -108,6 +108,12 @@ class ImageGenerationPipeline(SafePipeline):
         """Whether a callback has stopped the present call, by `pipeline._interrupt = True`."""
         return self._interrupt
 
+    @property
+    def default_inference_steps(self) -> int:
+        """How many steps a call takes that says nothing of them: those that the model was tuned for, or else 50."""
+        tuned: Any = self.config["tuned_timesteps"]
+        return 50 if tuned is None else len(tuned)
+
     def _latent_shape(self) -> tuple[int, int, int]:
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
@@ -225,7 +231,7 @@ class ImageGenerationPipeline(SafePipeline):
         """
         tuned: Any = self.config["tuned_timesteps"]
         if num_inference_steps is None:
-            num_inference_steps = 50 if tuned is None else len(tuned)
+            num_inference_steps = self.default_inference_steps
         callback_on_step_end_tensor_inputs = callback_names(
             callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
         )

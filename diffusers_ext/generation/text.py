@@ -9,6 +9,8 @@ from diffusers.loaders import TextualInversionLoaderMixin
 
 __all__ = ["Encoders", "encode", "find_encoders"]
 
+LONGEST = 300  # tokens: tokenizers of T5 know no end, and PixArt's prompts have one
+
 Encoders = list[tuple[Any, Any]]  # (tokenizer, encoder)
 
 
@@ -56,10 +58,11 @@ def encode(prompts: list[str], encoders: Encoders, device: torch.device) -> torc
     parts = []
     for tokenizer, encoder in encoders:
         words = TextualInversionLoaderMixin().maybe_convert_prompt(prompts, tokenizer)
-        tokens = tokenizer(
-            words, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        )
-        output = encoder(tokens.input_ids.to(device), output_hidden_states=len(encoders) > 1)
+        length = min(tokenizer.model_max_length, LONGEST)
+        tokens = tokenizer(words, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        # CLIP was trained on padding as it comes; the others were told of it.
+        mask = None if encoder.config.model_type.startswith("clip") else tokens.attention_mask.to(device)
+        output = encoder(tokens.input_ids.to(device), attention_mask=mask, output_hidden_states=len(encoders) > 1)
         # By name: an encoder with a projection gives its pooled output first.
         parts.append(output.hidden_states[-2] if len(encoders) > 1 else output.last_hidden_state)
     return torch.cat(parts, dim=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -141,6 +142,28 @@ class SafePipeline(DiffusionPipeline):
         if not kwargs.setdefault("use_safetensors", True):
             return super().from_pretrained(name, **kwargs)
         folder = checked_folder(cls, name, **kwargs)
+        if (Path(folder) / "model_index.json").is_file():
+            cls._check_timesteps(cls.load_config(folder), str(name))
         pipeline = super().from_pretrained(folder, **kwargs)
         pipeline.register_to_config(_name_or_path=name)
         return pipeline
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """Makes a pipeline of another's parts, as Diffusers does.
+
+        Raises:
+            ValueError: the other's network is good at some timesteps only, which this pipeline would leave.
+        """
+        cls._check_timesteps(pipeline.config, type(pipeline).__name__)
+        return super().from_pipe(pipeline, **kwargs)
+
+    @classmethod
+    def _check_timesteps(cls, config: Any, name: str) -> None:
+        """Refuses a network that was tuned for a few timesteps where nothing would keep to them."""
+        tuned = config.get("tuned_timesteps")
+        if tuned and "tuned_timesteps" not in inspect.signature(cls.__init__).parameters:
+            raise ValueError(
+                f"{cls.__name__} must have a network that is good at every timestep, got {name!r}, tuned for "
+                f"{list(tuned)} only: take the model that it was tuned from."
+            )

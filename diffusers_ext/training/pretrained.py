@@ -34,6 +34,7 @@ class Denoiser:
         vae: its VAE, or `None` in pixel space.
         image_scale: what images or latents are multiplied by before they are diffused.
         null_class_label: the label that stands for "no class", if there is one.
+        tuned_timesteps: the timesteps that the network is good at, where these are not all.
     """
 
     unet: Any
@@ -41,6 +42,7 @@ class Denoiser:
     vae: Any = None
     image_scale: float = 1.0
     null_class_label: int | None = None
+    tuned_timesteps: list[int] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -181,4 +183,5 @@ def load_denoiser(name: str, learned_variance: bool = False) -> Denoiser:
             f"{outputs} output channels for {inputs}."
         )
     check_schedule(schedule, name)
-    return Denoiser(unet, schedule, vae, scale, pipeline.config.get("null_class_label"))
+    settings = pipeline.config
+    return Denoiser(unet, schedule, vae, scale, settings.get("null_class_label"), settings.get("tuned_timesteps"))

@@ -31,7 +31,7 @@ class UnconditionalModel:
         learned_variance: whether the network's output has the variance behind the prediction.
 
     Raises:
-        ValueError: it cannot be loaded, or is class-conditional.
+        ValueError: it cannot be loaded, is class-conditional, or was tuned for a few timesteps.
     """
 
     def __init__(self, name: str) -> None:
@@ -40,6 +40,11 @@ class UnconditionalModel:
             raise ValueError(
                 f"`pretrained_model_name_or_path` must be a model without classes, got {name!r} with "
                 f"{denoiser.num_classes}."
+            )
+        if denoiser.tuned_timesteps:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` must be a model that is good at every timestep, got {name!r}, tuned "
+                f"for {denoiser.tuned_timesteps} only: adapt the model that it was tuned from, and tune after that."
             )
         self.unet, self.vae, self.image_scale = denoiser.unet, denoiser.vae, denoiser.image_scale
         scheduler, channels = denoiser.scheduler, self.unet.config.in_channels

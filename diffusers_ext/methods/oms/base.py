@@ -2,21 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import inspect
+import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 
+from diffusers_ext.generation.seam import Call, Reached, copied, pipeline_class, scheduler_class
+
 from .step import StartLevel, check_scheduler, start_level
 
-__all__ = ["batch_size", "bind", "check_base", "first_level", "latent_shape"]
+__all__ = [
+    "batch_size",
+    "bind",
+    "call_from",
+    "check_base",
+    "classes",
+    "first_level",
+    "latent_shape",
+    "network",
+]
 
 # What Diffusers' pipelines still take among their `**kwargs`.
 LEGACY = ("callback", "callback_steps")
+
+
+def network(base: Any) -> Any:
+    """Returns the base's network, `None` where there is none."""
+    unet = getattr(base, "unet", None)
+    return getattr(base, "transformer", None) if unet is None else unet
+
+
+def classes(config: Any, null: int | None = None) -> tuple[int | None, int | None]:
+    """Returns how many labels a network without text tells apart, and the null label.
+
+    Args:
+        config: of the network.
+        null: what the base says of the null label.
+    """
+    count = config.get("num_embeds_ada_norm")
+    if count is not None:  # the transformer keeps the null label behind the classes
+        return count + 1, count
+    return config.get("num_class_embeds"), null
 
 
 def check_base(base: Any) -> None:
@@ -32,14 +65,19 @@ def check_base(base: Any) -> None:
         raise ValueError(
             f"`sd_pipeline` must start from noise, got {name}, which starts from an image below the last timestep."
         )
-    if "latents" not in accepted:
+    if "latents" not in accepted and "class_labels" not in accepted:
         raise ValueError(
             f"`sd_pipeline` must take `latents`, got {name}. Pixel models do so in "
             "`ImageGenerationPipeline.from_pipe(pipeline)`."
         )
-    if getattr(base, "scheduler", None) is None or getattr(base, "unet", None) is None:
-        raise ValueError(f"`sd_pipeline` must have a `unet` and a `scheduler`, got {name}.")
+    if getattr(base, "scheduler", None) is None or network(base) is None:
+        raise ValueError(f"`sd_pipeline` must have a `unet` (or a `transformer`) and a `scheduler`, got {name}.")
     check_scheduler(base.scheduler)
+    if "latents" not in accepted and not math.isclose(float(base.scheduler.init_noise_sigma), 1.0, rel_tol=1e-4):
+        raise ValueError(
+            f"`scheduler` must be one that begins with noise of variance 1 (DDIM, DPM++, UniPC ...) in {name}, which "
+            f"does not scale it, got {type(base.scheduler).__name__}."
+        )
 
 
 def bind(base: DiffusionPipeline, arguments: dict[str, Any], own: Iterable[str]) -> dict[str, Any]:
@@ -94,6 +132,13 @@ def latent_shape(base: Any, arguments: dict[str, Any], batch_size: int) -> tuple
     Raises:
         ValueError: the `latents` of the call have another one, or there are not as many generators.
     """
+    if getattr(base, "unet", None) is None:
+        shape = (batch_size, *_entered_shape(base, arguments)[1:])
+        given, generator = arguments.get("latents"), arguments.get("generator")
+        if given is not None and tuple(given.shape) != shape:
+            raise ValueError(f"`latents` must have the shape {shape}, got {tuple(given.shape)}.")
+        _check_generators(generator, batch_size)
+        return shape
     size, factor = base.unet.config.sample_size or 0, getattr(base, "vae_scale_factor", 1)
     pixels = [factor * edge for edge in ((size, size) if isinstance(size, int) else size)]
     given = [arguments.get("height"), arguments.get("width")]
@@ -113,11 +158,55 @@ def latent_shape(base: Any, arguments: dict[str, Any], batch_size: int) -> tuple
         shape = (*shape[:2], *latents.shape[2:]) if given == [None, None] else shape
         if tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}.")
+    _check_generators(generator, batch_size)
+    return shape
+
+
+def _check_generators(generator: Any, batch_size: int) -> None:
     if isinstance(generator, list) and len(generator) != batch_size:
         raise ValueError(
             f"`generator` must be one generator or a list of {batch_size}, got a list of {len(generator)}."
         )
-    return shape
+
+
+def _entered_shape(base: Any, arguments: dict[str, Any]) -> tuple[int, ...]:
+    """Returns the shape of the latents that a transformer's own call makes: which sizes it takes, it alone knows."""
+    device, cls = base._execution_device, type(base)
+    known = inspect.signature(cls.__call__).parameters
+    call = Call(device, torch.zeros(1, dtype=torch.long), stop="enter")
+    schedulers = scheduler_class(type(base.scheduler), takes_latents="latents" not in known)
+    scheduler = copied(base.scheduler, schedulers, _seam=call)
+    trial = copied(base, pipeline_class(cls), scheduler=scheduler, _seam=call, _progress_bar_config={"disable": True})
+    # Noise that is drawn for nothing must not move the caller's generator.
+    own = {"generator": torch.Generator(device).manual_seed(0), "latents": None}
+    with contextlib.suppress(Reached), torch.no_grad():
+        inspect.unwrap(cls.__call__)(trial, **{**arguments, **{k: v for k, v in own.items() if k in known}})
+    if call.latents is None:
+        raise ValueError(f"`sd_pipeline` must make its latents by `prepare_latents`, got {cls.__name__}.")
+    return tuple(call.latents.shape)
+
+
+def call_from(base: Any, latents: torch.Tensor, arguments: dict[str, Any]) -> Any:
+    """Calls the base so that it starts from some latents, also where its call takes none (DiT).
+
+    Such a loop hands its first latents to `scale_model_input` as they were drawn: there ours take their place.
+    """
+    if "latents" in inspect.signature(base.__call__).parameters:
+        return base(**{**arguments, "latents": latents})
+    scheduler: Any = copy.copy(base.scheduler)
+    scale, waiting = scheduler.scale_model_input, [latents]
+
+    def first(sample: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if waiting:
+            start = waiting.pop().to(sample)
+            sample = torch.cat([start, start]) if len(sample) == 2 * len(start) else start  # both halves of guidance
+        return scale(sample, *args, **kwargs)
+
+    scheduler.scale_model_input = first
+    output = copied(base, type(base), scheduler=scheduler)(**arguments)
+    if waiting:
+        raise ValueError(f"`sd_pipeline` must take `latents` or call `scale_model_input`, got {type(base).__name__}.")
+    return output
 
 
 def first_level(base: Any, arguments: dict[str, Any]) -> StartLevel:
@@ -128,6 +217,8 @@ def first_level(base: Any, arguments: dict[str, Any]) -> StartLevel:
         if arguments.get(name) is not None
     }
     steps = arguments.get("num_inference_steps")
+    if steps is None and not options:
+        steps = getattr(base, "default_inference_steps", None)
     if not (isinstance(steps, int) and steps >= 1 or "timesteps" in options or "sigmas" in options):
         raise ValueError(f"`num_inference_steps` must be an integer >= 1, got {steps!r}.")
     scheduler = copy.deepcopy(base.scheduler)

@@ -47,7 +47,8 @@ class OMSPipeline(SafePipeline):
     Args:
         oms_module: network of the step, `OMSUNet2DConditionModel` for text and `OMSUNet2DModel` for pixel models;
             with `None`, calls must say `oms=False`.
-        sd_pipeline: the base pipeline; it takes `latents` and starts from noise.
+        sd_pipeline: the base pipeline of a variance-preserving schedule, with a UNet or a transformer (PixArt,
+            Hunyuan-DiT); it starts from noise and takes `latents`, or `class_labels` as DiT.
         oms_text_encoder: text encoder of the module; by default the base's are used.
         oms_tokenizer: its tokenizer.
         oms_text_encoder_2: second encoder, joined to the first as in SDXL.
@@ -176,6 +177,10 @@ class OMSPipeline(SafePipeline):
         settings = {k: v for k, v in base.config.items() if k not in parts and not k.startswith("_")}
         return FrozenDict({**settings, **{k: v for k, v in own.items() if v is not None or k not in settings}})
 
+    @classmethod
+    def _check_timesteps(cls, config: Any, name: str) -> None:
+        """Takes every network: the base keeps to its timesteps."""
+
     def _check_base(self, oms_module: Any, base: Any) -> None:
         """Raises `ValueError` unless the base takes latents of the module's space."""
         if isinstance(base, OMSPipeline):
@@ -183,7 +188,7 @@ class OMSPipeline(SafePipeline):
         bases.check_base(base)
         if oms_module is None:
             return
-        channels, wanted = base.unet.config.in_channels, oms_module.config.in_channels
+        channels, wanted = bases.network(base).config.in_channels, oms_module.config.in_channels
         if channels != wanted:
             raise ValueError(f"`sd_pipeline` must have latents of {wanted} channels as the module, got {channels}.")
         vae = getattr(base, "vae", None)
@@ -286,7 +291,11 @@ class OMSPipeline(SafePipeline):
         shape = bases.latent_shape(base, arguments, count * per_prompt)
         guided = oms_guidance_scale != 1.0
         # Asked once: Diffusers walks through all networks for each of these.
-        device, dtype, own = base._execution_device, base.unet.dtype, (self._execution_device, self.oms_module.dtype)
+        device, dtype, own = (
+            base._execution_device,
+            bases.network(base).dtype,
+            (self._execution_device, self.oms_module.dtype),
+        )
         if self._takes_text:
             text["oms_prompt"] = prompt if oms_prompt is None else oms_prompt
             text["oms_negative_prompt"] = oms_negative_prompt or ""
@@ -304,13 +313,13 @@ class OMSPipeline(SafePipeline):
         with self.progress_bar(total=1) as progress_bar:  # pyright: ignore[reportCallIssue]
             x0_hat = -self._predict(noise.to(*own), condition, oms_guidance_scale).to(device)
             fresh = draw() if oms_step == "ddpm" else noise
-            passed["latents"] = start_latents(x0_hat, fresh, level, oms_legacy_variance)
+            start = start_latents(x0_hat, fresh, level, oms_legacy_variance)
             progress_bar.update()
         self.maybe_free_model_hooks()
-        return self._call_base(passed)
+        return self._call_base(passed, start)
 
-    def _call_base(self, passed: dict[str, Any]) -> Any:
-        output = self.sd_pipeline(**passed)
+    def _call_base(self, passed: dict[str, Any], start: torch.Tensor | None = None) -> Any:
+        output = self.sd_pipeline(**passed) if start is None else bases.call_from(self.sd_pipeline, start, passed)
         self.maybe_free_model_hooks()
         return output
 
@@ -375,7 +384,8 @@ class OMSPipeline(SafePipeline):
         labels = labels.expand(count)
         if not guided:
             return labels
-        null = self.sd_pipeline.config.get("null_class_label")
+        base = self.sd_pipeline
+        null = bases.classes(bases.network(base).config, base.config.get("null_class_label"))[1]
         if null is None:
             raise ValueError("`oms_guidance_scale` must be 1 for a base without a null label.")
         return torch.cat([torch.full_like(labels, null), labels])

@@ -3,7 +3,7 @@ r"""Training a One More Step module: the conditional mean image, learned as the 
 At \(\bar\alpha_S = 0\) the v-target \(\sqrt{\bar\alpha_S} n - \sqrt{1 - \bar\alpha_S} x_0\) is \(-x_0\), so the loss
 is \(\lVert \psi(n, c) + x_0 \rVert^2\) with noise that has nothing to do with \(x_0\); its minimiser is
 \(-E[x_0 | c]\).
-Of the base pipeline only the VAE, the text encoders and the scheduler are loaded, never its UNet.
+Of the base pipeline only the VAE, the text encoders and the scheduler are loaded, never its network.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from diffusers_ext.training.images import ImageConfig, image_dataset
 from diffusers_ext.training.networks import make_network
 from diffusers_ext.training.recipe import Context, Modules, Recipe, Sample, StepOutput
 
+from .base import classes
 from .pipeline import OMSPipeline
 from .step import check_scheduler
 from .unet import OMSUNet2DConditionModel, OMSUNet2DModel
@@ -67,7 +68,7 @@ class OMSConfig(ImageConfig):
     """
 
     pretrained_model_name_or_path: str | None = described(
-        "Base pipeline, a Hub repo or a folder. Its UNet is not read.", group="model"
+        "Base pipeline, a Hub repo or a folder. Its network is not read.", group="model"
     )
     module_config: str | None = described(
         "JSON file of the module's arguments, or the name of a shipped one; by default the published layout.",
@@ -97,7 +98,7 @@ class OMSRecipe(Recipe[OMSConfig]):
     """One More Step (arXiv 2311.15744): trains the module for a base pipeline, which stays as it is.
 
     Attributes:
-        base: the base pipeline without its UNet.
+        base: the base pipeline without its network.
 
     Example:
         >>> from diffusers_ext import OMSConfig, OMSRecipe, Trainer
@@ -134,7 +135,7 @@ class OMSRecipe(Recipe[OMSConfig]):
         return self.precomputed
 
     def _load_base(self) -> None:
-        """Loads all of the base but its UNet, of which only the configuration is read."""
+        """Loads all of the base but its network, of which only the configuration is read."""
         name = self.config.pretrained_model_name_or_path
         try:
             index: Any = DiffusionPipeline.load_config(str(name))
@@ -142,17 +143,21 @@ class OMSRecipe(Recipe[OMSConfig]):
             left_out = {k: None for k, v in index.items() if isinstance(v, list) and k not in (*kept, "_class_name")}
             folder = checked_folder(DiffusionPipeline, str(name), **left_out)
             self.base = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **left_out)
-            unet: Any = UNet2DConditionModel.load_config(str(name), subfolder="unet")
+            part = "unet" if "unet" in index else "transformer"
+            network: Any = UNet2DConditionModel.load_config(str(name), subfolder=part)
         except Exception as error:  # the libraries raise many kinds
             raise ValueError(
-                "`pretrained_model_name_or_path` must be a Hub repo or a folder with a pipeline that has a `unet`, "
-                f"got {name!r}: {error}"
+                "`pretrained_model_name_or_path` must be a Hub repo or a folder with a pipeline that has a `unet` or "
+                f"a `transformer`, got {name!r}: {error}"
             ) from error
         check_scheduler(self.base.scheduler)
-        self.unet_config = unet
-        self.text_width = unet.get("cross_attention_dim")
-        self.classes = unet.get("num_class_embeds") if self.text_width is None else None
-        self.null_class_label = self.base.config.get("null_class_label")
+        self.latent_channels = network["in_channels"]
+        # Transformers bring text to a width of their own; the module takes it as the encoder gives it.
+        encoder = getattr(self.base, "text_encoder", None)
+        of_encoder = None if encoder is None else encoder.config.hidden_size
+        self.text_width = network.get("cross_attention_dim") if part == "unet" else of_encoder
+        labels = classes(network, self.base.config.get("null_class_label"))
+        self.classes, self.null_class_label = labels if self.text_width is None else (None, None)
         self.vae = getattr(self.base, "vae", None)
         self.image_scale = self.base.config.get("image_scale", 1.0)
         self.encoders = find_encoders([], self.base, self.text_width) if self.text_width else []
@@ -161,7 +166,7 @@ class OMSRecipe(Recipe[OMSConfig]):
         """Makes the module, for the space and the conditions of the base."""
         config, factor = self.config, latent_factor(self.vae)
         require(config.resolution % factor == 0, "resolution", config.resolution, f"a multiple of {factor}")
-        channels = self.unet_config["in_channels"] if self.vae is None else self.vae.config.in_channels
+        channels = self.latent_channels if self.vae is None else self.vae.config.in_channels
         require(config.channels == channels, "channels", config.channels, f"{channels}, as the base takes")
         module = self._new_module(config.resolution // factor)
         frozen = {} if self.vae is None else {"vae": self.vae}
@@ -178,7 +183,7 @@ class OMSRecipe(Recipe[OMSConfig]):
         return Modules(module, self.base.scheduler, frozen)
 
     def _new_module(self, size: int) -> Any:
-        channels, kind, default = self.unet_config["in_channels"], OMSUNet2DModel, PIXEL_MODULE
+        channels, kind, default = self.latent_channels, OMSUNet2DModel, PIXEL_MODULE
         fixed = {"in_channels": channels, "out_channels": channels, "sample_size": size}
         if self.text_width:
             kind, default = OMSUNet2DConditionModel, TEXT_MODULE
@@ -274,7 +279,7 @@ class OMSRecipe(Recipe[OMSConfig]):
     def card(self) -> RepoCard:
         """Returns the card of the module."""
         name = str(self.config.pretrained_model_name_or_path)
-        call = 'prompt="a photo"' if self.text_width else "class_labels=0" if self.classes else ""
+        call = 'prompt="a photo"' if self.text_width else "class_labels=[0]" if self.classes else ""
         return RepoCard(
             method="One More Step",
             description="Maps pure noise to the noise level at which the schedule of its base pipeline really begins, "

@@ -1,0 +1,612 @@
+"""Methods together: each pair of the table works with a value that is known, or is refused in one sentence."""
+
+import json
+import re
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_ext import (
+    AlignConfig,
+    Callback,
+    DomainStudioConfig,
+    DomainStudioRecipe,
+    ImageClassifierFeatures,
+    ImmiscibleConfig,
+    ImmiscibleRecipe,
+    MMDDDMConfig,
+    MMDDDMRecipe,
+    NoiseDiffusionPipeline,
+    OMSConfig,
+    OMSPipeline,
+    OMSRecipe,
+    SDAClassifierConfig,
+    SDATTAPipeline,
+    StableDiffusionNoiseDiffusionPipeline,
+    Trainer,
+    align,
+    asset_path,
+    mmd2,
+    parse_config,
+)
+from tests.methods.oms.gaussian import ExactStep
+from tests.methods.oms.tiny import module, stable_diffusion
+from tests.training.tiny import UNET
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = []  # of (parts, what is done with them, whether it works, one sentence, the check)
+
+
+def row(parts, what, outcome, sentence):
+    """Adds a row to the table; the function below it checks that the sentence is true."""
+
+    def add(check):
+        TABLE.append(SimpleNamespace(parts=parts, what=what, outcome=outcome, sentence=sentence, check=check))
+        return check
+
+    return add
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class Watch(Callback):
+    """Keeps what is logged, and averages the weights by hand."""
+
+    def __init__(self, decay):
+        self.decay, self.logs, self.average, self.steps = decay, [], None, 0
+
+    def on_step_end(self, trainer):
+        network = trainer.ctx.modules.trainable
+        now = {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        if self.average is None:
+            self.average = now
+        else:
+            self.average = {k: decay * self.average[k] + (1 - decay) * now[k] for k in now}
+        self.steps += 1
+
+    def on_log(self, trainer, logs):
+        self.logs.append(logs)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """One tiny model after the other: trained immiscibly, adapted, tuned for 3 steps, and a step in front."""
+    folder, watched = tmp_path_factory.mktemp("composition"), {}
+    rng = np.random.default_rng(0)
+    grey = np.where(np.arange(64)[:, None, None] % 2, 200, 40) + rng.integers(-20, 20, (64, 8, 8))
+    np.savez(folder / "data.npz", images=grey.astype(np.uint8))
+    (folder / "unet.json").write_text(json.dumps({**UNET, "dropout": 0.0}))
+    (folder / "photos").mkdir()
+    for i in range(4):
+        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "photos" / f"{i}.png")
+    stable_diffusion().save_pretrained(folder / "text")
+    common = {
+        "train_data_dir": str(folder / "data.npz"),
+        "resolution": 8,
+        "channels": 1,
+        "center_crop": True,
+        "train_batch_size": 8,
+        "max_train_steps": 4,
+        "learning_rate": 1e-3,
+        "ema_decay": 0.5,
+        "logging_steps": 1,
+        "num_validation_images": 0,
+    }
+
+    def run(name, recipe, source=None, **changes):
+        values = {**common, "output_dir": str(folder / name), **changes}
+        if source is not None:
+            values["pretrained_model_name_or_path"] = str(folder / source)
+        config = recipe.Config(**values)
+        watched[name] = Watch(config.ema_decay)
+        Trainer(config, recipe(config), [watched[name]]).train()
+
+    run("immiscible", ImmiscibleRecipe, noise="assignment", unet_config=str(folder / "unet.json"))
+    run("domain_studio", DomainStudioRecipe, "immiscible")
+    tuning = {
+        "features": "pixels",
+        "num_inference_steps": 3,
+        "learning_rate": 2e-2,
+        "max_train_steps": 25,
+        "clamp": "ste",
+    }
+    run("mmd_ddm", MMDDDMRecipe, "immiscible", **tuning)
+    run("mmd_ddm of domain_studio", MMDDDMRecipe, "domain_studio", **tuning)
+    run("oms", OMSRecipe, "immiscible", module_config=str(folder / "unet.json"))
+    text = {
+        "train_data_dir": str(folder / "photos"),
+        "instance_prompt": "a red cat",
+        "class_prompt": "a cat",
+        "class_data_dir": str(folder / "class"),
+        "num_class_images": 3,
+        "resolution": 16,
+        "channels": 3,
+        "train_batch_size": 3,
+        "learning_rate": 3e-2,
+        "use_lora": True,
+        "rank": 2,
+    }
+    run("lora", DomainStudioRecipe, "text", **text)
+    real = torch.as_tensor(grey.astype(np.uint8)).float()[:, None] / 127.5 - 1
+    return SimpleNamespace(folder=folder, watched=watched, common=common, real=real)
+
+
+def load(models, name):
+    pipeline = DiffusionPipeline.from_pretrained(models.folder / name)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def in_front_of(pipeline, **call):
+    """Compares One More Step with the same by hand: its step in front, then the base's own call."""
+    base, call = pipeline.sd_pipeline, {**call, "output_type": "latent"}
+    pipeline.set_progress_bar_config(disable=True)
+    found = pipeline(**call, generator=seeded()).images
+    generator = seeded()
+    channels, size = pipeline.oms_module.config.in_channels, base.unet.config.sample_size
+    pure = torch.randn(1, channels, size, size, generator=generator)
+    fresh = torch.randn(pure.shape, generator=generator)
+    with torch.no_grad():
+        if "prompt" in call:
+            prediction = pipeline.oms_module(pure, pipeline._encode([call["prompt"]])).sample
+        else:
+            prediction = pipeline.oms_module(pure).sample
+    a = base.scheduler.alphas_cumprod[base.scheduler.timesteps[0]]
+    latents = a.sqrt() * -prediction + (1 - a).sqrt() * fresh
+    expected = base(**call, latents=latents, generator=generator).images
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    return found
+
+
+UNCORRECTED = {"injection": 1.0, "boundary": None, "fixed_point_iterations": 20}
+
+
+def ends_return(pipeline, images, **call):
+    """Compares the frames at the ends, which nothing corrects, with the images themselves."""
+    pipeline.set_progress_bar_config(disable=True)
+    call = {**UNCORRECTED, **call, "output_type": "pt"}
+    frames = pipeline(*images, weights=[0.0, 1.0], num_inference_steps=20, **call).images
+    torch.testing.assert_close(frames, torch.stack(list(images)), atol=1e-3, rtol=0)
+
+
+def adapts(base, **alignment):
+    """Compares the pipeline over a base's network with `align` by hand."""
+    settings = {"num_steps": 10, "strength": 0.3, "guidance_weight": 1.0, "factor": 2, **alignment}
+    pipeline = SDATTAPipeline.from_pipe(base, classifier=classifier(), alignment=settings)
+    pipeline.set_progress_bar_config(disable=True)
+    images = torch.rand(2, 1, 8, 8, generator=seeded(1))
+    generators = [[seeded(0), seeded(1)] for _ in range(2)]
+    found = pipeline(images, generator=generators[0], output_type="pt").images
+    by_hand = align(base.unet, base.scheduler, images * 2 - 1, AlignConfig(**settings), generator=generators[1])
+    torch.testing.assert_close(found, (by_hand + 1) / 2, atol=1e-5, rtol=0)
+
+
+def classifier():
+    torch.manual_seed(0)
+    return ImageClassifierFeatures(sample_size=8, block_out_channels=(4,), feature_dim=6).eval()
+
+
+def not_taken(config, argument, capsys):
+    """Asks for an argument that a recipe does not have."""
+    with pytest.raises(SystemExit):
+        parse_config(config, [f"--{argument}", "1", "--output_dir", "out", "--max_train_steps", "1"])
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert f"error: unknown arguments: --{argument} 1" in message
+
+
+IMAGES = tuple(torch.rand(2, 1, 8, 8, generator=seeded(2)))
+
+# ---------------------------------------------------------------- One More Step
+
+
+@row(
+    ("oms", "mmd_ddm"),
+    "One More Step over a few-step-tuned base",
+    "works",
+    "It starts at the tuned grid's first timestep, and a call that names no steps takes the tuned ones.",
+)
+def _(models, capsys):
+    base = DiffusionPipeline.from_pretrained(asset_path("digits16-5-steps"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # other timesteps than the tuned ones
+        found = in_front_of(OMSPipeline(ExactStep(0.5), base))
+    assert base.scheduler.timesteps.tolist() == base.config["tuned_timesteps"] == [800, 600, 400, 200, 0]
+    assert found.shape == (1, 1, 16, 16)
+
+
+@row(
+    ("oms", "immiscible"),
+    "One More Step over an immiscibly trained base",
+    "works",
+    "The base is sampled as before; give it a deterministic sampler, as ever after immiscible training.",
+)
+def _(models, capsys):
+    pipeline = OMSPipeline.from_pretrained(models.folder / "oms", base=load(models, "immiscible"))
+    in_front_of(pipeline, num_inference_steps=5)
+
+
+@row(
+    ("oms", "domain_studio"),
+    "One More Step over a few-shot-adapted base",
+    "works",
+    "A module that was trained for the source fits: space and schedule stay; train one anew for the new images' mean.",
+)
+def _(models, capsys):
+    pipeline = OMSPipeline.from_pretrained(models.folder / "oms", base=load(models, "domain_studio"))
+    in_front_of(pipeline, num_inference_steps=5)
+
+
+@row(
+    ("oms", "noise_diffusion"),
+    "NoiseDiffusion made from a pipeline with One More Step",
+    "works",
+    "`from_pipe` takes the base out: frames start from images, so there is no step to add.",
+)
+def _(models, capsys):
+    base = load(models, "immiscible")
+    call = {"num_frames": 2, "num_inference_steps": 5, "output_type": "pt"}
+    frames = []
+    for given in (base, OMSPipeline.from_pretrained(models.folder / "oms", base=base)):
+        pipeline = NoiseDiffusionPipeline.from_pipe(given)
+        pipeline.set_progress_bar_config(disable=True)
+        frames.append(pipeline(*IMAGES, **call).images)
+    assert torch.equal(*frames)
+
+
+@row(
+    ("oms", "sda"),
+    "SDA made from a pipeline with One More Step",
+    "works",
+    "`from_pipe` takes the base out: images are noised only half way, so there is no step to add.",
+)
+def _(models, capsys):
+    adapts(OMSPipeline.from_pretrained(models.folder / "oms", base=load(models, "immiscible")))
+
+
+@row(
+    ("oms", "immiscible"),
+    "Immiscible noise in the training of One More Step",
+    "refused",
+    "The module must learn the mean image from noise that knows nothing of the image; `--noise` is no argument of it.",
+)
+def _(models, capsys):
+    not_taken(OMSConfig, "noise", capsys)
+
+
+# ---------------------------------------------------------------- NoiseDiffusion
+
+
+@row(
+    ("noise_diffusion", "domain_studio"),
+    "NoiseDiffusion between images of a few-shot-adapted model",
+    "works",
+    "`NoiseDiffusionPipeline.from_pipe` or `from_pretrained` of the adapted repo; end points return.",
+)
+def _(models, capsys):
+    ends_return(NoiseDiffusionPipeline.from_pretrained(models.folder / "domain_studio"), IMAGES)
+
+
+@row(
+    ("noise_diffusion", "immiscible"),
+    "NoiseDiffusion with an immiscibly trained model",
+    "works",
+    "Inversion and decoding are deterministic, as immiscible training wants; end points return.",
+)
+def _(models, capsys):
+    ends_return(NoiseDiffusionPipeline.from_pipe(load(models, "immiscible")), IMAGES)
+
+
+@row(
+    ("noise_diffusion", "mmd_ddm"),
+    "NoiseDiffusion with a few-step-tuned model",
+    "refused",
+    "Inversion leaves the tuned timesteps, and the network is good at no others: take the model before tuning.",
+)
+def _(models, capsys):
+    message = r"NoiseDiffusionPipeline must have a network that is good at every timestep, .*\[800, 600, 400, 200, 0\]"
+    with pytest.raises(ValueError, match=message):
+        NoiseDiffusionPipeline.from_pretrained(asset_path("digits16-5-steps"))
+    with pytest.raises(ValueError, match="take the model that it was tuned from"):
+        NoiseDiffusionPipeline.from_pipe(load(models, "mmd_ddm"))
+
+
+@row(
+    ("noise_diffusion", "sda"),
+    "SDA's classifier on NoiseDiffusion's frames, with the same network",
+    "works",
+    "`from_pipe` goes both ways, and frames with `output_type='pt'` are images like any others.",
+)
+def _(models, capsys):
+    frames = NoiseDiffusionPipeline.from_pipe(load(models, "immiscible"))
+    frames.set_progress_bar_config(disable=True)
+    images = frames(*IMAGES, num_frames=2, num_inference_steps=5, output_type="pt").images
+    pipeline = SDATTAPipeline.from_pipe(frames, classifier=classifier())
+    with torch.no_grad():
+        expected = pipeline.classifier(images * 2 - 1)
+    torch.testing.assert_close(pipeline(images, ensemble="source").logits, expected, atol=1e-5, rtol=0)
+    assert NoiseDiffusionPipeline.from_pipe(pipeline).unet is frames.unet
+
+
+# ---------------------------------------------------------------- SDA
+
+
+@row(
+    ("sda", "mmd_ddm"),
+    "SDA with a few-step-tuned model",
+    "refused",
+    "Adaptation walks through timesteps at which the tuned network is no good: take the model before tuning.",
+)
+def _(models, capsys):
+    with pytest.raises(ValueError, match="SDATTAPipeline must have a network that is good at every timestep, got"):
+        SDATTAPipeline.from_pipe(load(models, "mmd_ddm"), classifier=classifier())
+    with pytest.raises(ValueError, match="take the model that it was tuned from"):
+        SDATTAPipeline.from_pretrained(asset_path("digits16-5-steps"))
+
+
+@row(
+    ("sda", "immiscible"),
+    "SDA with an immiscibly trained model",
+    "works",
+    "Take `alignment={'sampler': 'ddim'}`: the default draws noise at every step, for which such a model is biased.",
+)
+def _(models, capsys):
+    adapts(load(models, "immiscible"), sampler="ddim")
+
+
+@row(
+    ("sda", "domain_studio"),
+    "SDA with a few-shot-adapted model",
+    "works",
+    "`SDATTAPipeline.from_pipe`; images are then adapted to the new domain, of which the classifier must be.",
+)
+def _(models, capsys):
+    adapts(load(models, "domain_studio"))
+
+
+# ---------------------------------------------------------------- training after training
+
+
+@row(
+    ("domain_studio", "immiscible"),
+    "DomainStudio of an immiscibly trained model",
+    "works",
+    "The source is any denoiser that is good at every timestep; the pair losses begin at 0.",
+)
+def _(models, capsys):
+    first = models.watched["domain_studio"].logs[0]
+    assert first["pair"] == pytest.approx(0, abs=1e-6)
+    assert first["hf_pair"] == pytest.approx(0, abs=1e-6)
+    assert models.watched["domain_studio"].logs[-1]["pair"] > 1e-6
+
+
+@row(
+    ("domain_studio", "mmd_ddm"),
+    "DomainStudio of a few-step-tuned model",
+    "refused",
+    "The source is asked at every timestep, and a tuned one is no good there: adapt first, tune after that.",
+)
+def _(models, capsys):
+    config = {**models.common, "output_dir": str(models.folder / "out")}
+    config = DomainStudioConfig(**config, pretrained_model_name_or_path=str(models.folder / "mmd_ddm"))
+    with pytest.raises(ValueError, match="must be a model that is good at every timestep, .* tune after that"):
+        Trainer(config, DomainStudioRecipe(config)).train()
+
+
+def comes_nearer(models, before, after):
+    """Compares squared MMDs of samples from the same noise, before and after tuning."""
+    found = []
+    for name in (before, after):
+        images = load(models, name)(batch_size=64, num_inference_steps=3, generator=seeded(), output_type="pt").images
+        found.append(mmd2((images * 2 - 1).flatten(1), models.real.flatten(1), "polynomial").item())
+    assert found[1] < 0.9 * found[0]
+
+
+@row(
+    ("mmd_ddm", "immiscible"),
+    "MMD-DDM of an immiscibly trained model",
+    "works",
+    "The chain is deterministic, as immiscible training wants; samples come nearer to the images.",
+)
+def _(models, capsys):
+    comes_nearer(models, "immiscible", "mmd_ddm")
+
+
+@row(
+    ("mmd_ddm", "domain_studio"),
+    "MMD-DDM of a few-shot-adapted model",
+    "works",
+    "Adapt first, tune after that; a model that learns its variance is refused by name.",
+)
+def _(models, capsys):
+    comes_nearer(models, "domain_studio", "mmd_ddm of domain_studio")
+
+
+@row(
+    ("mmd_ddm", "immiscible"),
+    "Immiscible noise in MMD-DDM",
+    "refused",
+    "The loss compares sets of images, so that pairing changes nothing; `--noise` is no argument of it.",
+)
+def _(models, capsys):
+    not_taken(MMDDDMConfig, "noise", capsys)
+    generated, order = torch.randn(8, 5, generator=seeded()), torch.randperm(8, generator=seeded())
+    real = torch.randn(8, 5, generator=seeded(1))
+    kernel = "polynomial"
+    assert mmd2(generated, real, kernel).item() == pytest.approx(mmd2(generated[order], real, kernel).item(), rel=1e-5)
+
+
+@row(
+    ("domain_studio", "immiscible"),
+    "Immiscible noise in DomainStudio",
+    "refused",
+    "The adapted model and its source must see noise as the source did in training; `--noise` is no argument of it.",
+)
+def _(models, capsys):
+    not_taken(DomainStudioConfig, "noise", capsys)
+
+
+# ---------------------------------------------------------------- LoRA
+
+
+def with_lora(models, pipeline):
+    """Loads DomainStudio's LoRA, and returns what is to be undone."""
+    pipeline.load_lora_weights(models.folder / "lora")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@row(
+    ("oms", "lora"),
+    "One More Step over a base with LoRA",
+    "works",
+    "`load_lora_weights` of the pipeline reaches the base; the module stays as it is.",
+)
+def _(models, capsys):
+    plain = in_front_of(OMSPipeline(module(), stable_diffusion()), prompt="a cat", num_inference_steps=3)
+    pipeline = with_lora(models, OMSPipeline(module(), stable_diffusion()))
+    adapted = in_front_of(pipeline, prompt="a cat", num_inference_steps=3)
+    assert (plain - adapted).abs().max() > 1e-3
+
+
+@row(
+    ("noise_diffusion", "lora"),
+    "NoiseDiffusion with LoRA, by DomainStudio or any other",
+    "works",
+    "`load_lora_weights` before the call; end points return, the frames between are the adapted model's.",
+)
+def _(models, capsys):
+    images = torch.rand(2, 3, 16, 16, generator=seeded())
+    frames = []
+    for adapted in (False, True):
+        pipeline = StableDiffusionNoiseDiffusionPipeline.from_pipe(stable_diffusion())
+        if adapted:
+            with_lora(models, pipeline)
+        pipeline.set_progress_bar_config(disable=True)
+        call = {"prompt": "a red cat", "num_inference_steps": 30, "guidance_scale": 1.0, "output_type": "latent"}
+        frames.append(pipeline(images[0], images[1], weights=[0.0, 0.5], **UNCORRECTED, **call).images)
+    torch.testing.assert_close(frames[0][0], frames[1][0], atol=5e-3, rtol=0)
+    assert (frames[0][1] - frames[1][1]).abs().max() > 0.01
+
+
+@row(
+    ("domain_studio", "lora"),
+    "DomainStudio by LoRA",
+    "works",
+    "For text-to-image models, with `--use_lora`; for others it is refused, as Diffusers' `UNet2DModel` takes none.",
+)
+def _(models, capsys):
+    layers = load_file(models.folder / "lora" / "pytorch_lora_weights.safetensors")
+    average = models.watched["lora"].average
+    for name, value in average.items():
+        saved = layers["unet." + name.replace("lora_A.default", "lora.down").replace("lora_B.default", "lora.up")]
+        torch.testing.assert_close(saved, value, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="`use_lora` must be False without `instance_prompt`"):
+        DomainStudioConfig(**models.common, pretrained_model_name_or_path="x", output_dir="out", use_lora=True)
+
+
+@row(
+    ("immiscible", "lora"),
+    "Immiscible training by LoRA",
+    "refused",
+    "Its networks are trained whole; `--use_lora` is no argument of it.",
+)
+def _(models, capsys):
+    not_taken(ImmiscibleConfig, "use_lora", capsys)
+
+
+@row(
+    ("mmd_ddm", "lora"),
+    "MMD-DDM by LoRA",
+    "refused",
+    "Its networks are tuned whole; `--use_lora` is no argument of it.",
+)
+def _(models, capsys):
+    not_taken(MMDDDMConfig, "use_lora", capsys)
+
+
+@row(
+    ("sda", "lora"),
+    "SDA's fine-tuning by LoRA",
+    "refused",
+    "Classifiers are tuned whole, or by `--head_only`; `--use_lora` is no argument of it.",
+)
+def _(models, capsys):
+    not_taken(SDAClassifierConfig, "use_lora", capsys)
+
+
+# ---------------------------------------------------------------- averaged weights
+
+
+def averaged(models, name, part="unet"):
+    """Compares saved weights with the average of the weights after every update, by hand."""
+    saved = load_file(models.folder / name / part / "diffusion_pytorch_model.safetensors")
+    for key, value in models.watched[name].average.items():
+        torch.testing.assert_close(saved[key], value, atol=1e-6, rtol=1e-5)
+
+
+@row(("immiscible", "ema"), "EMA of Immiscible Diffusion", "works", "What is saved is the average.")
+def _(models, capsys):
+    averaged(models, "immiscible")
+
+
+@row(("domain_studio", "ema"), "EMA of DomainStudio", "works", "What is saved is the average, of LoRA layers too.")
+def _(models, capsys):
+    averaged(models, "domain_studio")
+
+
+@row(("mmd_ddm", "ema"), "EMA of MMD-DDM", "works", "What is saved is the average.")
+def _(models, capsys):
+    averaged(models, "mmd_ddm")
+
+
+@row(("oms", "ema"), "EMA of One More Step", "works", "What is saved is the module's average.")
+def _(models, capsys):
+    averaged(models, "oms", "oms_module")
+
+
+@row(("noise_diffusion", "ema"), "NoiseDiffusion with averaged weights", "works", "A saved repo holds the average.")
+def _(models, capsys):
+    unet = NoiseDiffusionPipeline.from_pretrained(models.folder / "immiscible").unet
+    for key, value in models.watched["immiscible"].average.items():
+        torch.testing.assert_close(unet.state_dict()[key], value, atol=1e-6, rtol=1e-5)
+
+
+@row(("sda", "ema"), "SDA with averaged weights", "works", "A saved repo holds the average.")
+def _(models, capsys):
+    unet = SDATTAPipeline.from_pretrained(models.folder / "immiscible", classifier=classifier()).unet
+    for key, value in models.watched["immiscible"].average.items():
+        torch.testing.assert_close(unet.state_dict()[key], value, atol=1e-6, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.what.replace(" ", "-"))
+def test_a_pair(models, capsys, entry):
+    entry.check(models, capsys)
+
+
+def test_every_method_has_a_row():
+    methods = sorted(p.name for p in (ROOT / "diffusers_ext" / "methods").iterdir() if (p / "__init__.py").is_file())
+    for method in methods:
+        assert any(method in entry.parts for entry in TABLE), f"{method} needs rows in this table and in the docs"
+    assert {part for entry in TABLE for part in entry.parts} == {*methods, "lora", "ema"}
+
+
+def test_the_table_of_the_documents_is_this_one():
+    page = (ROOT / "docs" / "guides" / "composition.md").read_text()
+    assert re.findall(r"^\| (?!---|together).*\|$", page, re.MULTILINE) == [
+        f"| {entry.what} | {entry.outcome} | {entry.sentence} |" for entry in TABLE
+    ]
