@@ -235,7 +235,8 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
         say_about_length(model.pipe, self.data.prompts)
         extra = [config.class_prompt] if config.class_prompt is not None else []
         self.prompts = PromptRecordings(self.denoiser.at(), ["", *self.data.prompts, *extra])
-        self.denoiser.at().check([self.data.prompts[0]])
+        with model.one_precision():
+            self.denoiser.at().check([self.data.prompts[0]])
         # Each size asks the pipeline once, while its encoders are there.
         scheduler, density = model.pipe.scheduler, config.timestep_sampling
         self.timesteps = {size: pipeline_timesteps(scheduler, density, self._mu(size)) for size in self.data.sizes}
