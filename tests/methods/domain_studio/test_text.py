@@ -63,6 +63,7 @@ def arguments(folder, output_dir, **changes):
         "class_data_dir": str(folder / "class"),
         "num_class_images": 3,
         "resolution": 16,
+        "num_validation_images": 0,
     }
     return {**values, **changes}
 
@@ -103,7 +104,7 @@ def moved(network):
 
 @pytest.mark.parametrize("lora", [None, 2])
 def test_at_weight_zero_it_is_the_plain_recipe(folder, tmp_path, lora):
-    changes = {"lora_rank": lora, "prior_loss_weight": 0.7, "num_validation_images": 0}
+    changes = {"lora_rank": lora, "prior_loss_weight": 0.7, "max_train_steps": 2}
     ours, _ = train(config(folder, tmp_path / "ours", **PLAIN, **changes))
     same = {"adam_weight_decay": 0.0, "caption_dropout": 0.0}
     values = TextToImageConfig(**arguments(folder, tmp_path / "plain", **changes, **same))
@@ -212,7 +213,7 @@ def drawn(pipe):
 
 def test_the_source_stays_and_the_pair_loss_begins_at_zero(folder, tmp_path):
     # Adapted and source are the same network at first; under one prompt they see the same.
-    values = config(folder, tmp_path, learning_rate=1e-2, class_prompt="a red cat", num_validation_images=0)
+    values = config(folder, tmp_path, learning_rate=1e-2, class_prompt="a red cat")
     record, trainer = train(values)
     assert abs(record.logs[0]["pair"]) < 1e-5
     assert abs(record.logs[0]["hf_pair"]) < 1e-5
@@ -228,7 +229,7 @@ def test_a_turned_off_lora_is_the_source(folder, tmp_path):
     """The terms of a step with LoRA equal those with a copy of the network."""
     first = {}
     for rank in (None, 2):
-        values = config(folder, tmp_path / str(rank), lora_rank=rank, max_train_steps=1, num_validation_images=0)
+        values = config(folder, tmp_path / str(rank), lora_rank=rank, max_train_steps=1)
         record, trainer = train(values)
         first[rank] = record.logs[0]
     for name in ("denoising", "prior", "pair", "hf_pair", "hf_mse"):
@@ -257,7 +258,9 @@ def test_other_settings_train(folder, tmp_path, changes):
 
 @pytest.mark.parametrize("lora", [None, 2])
 def test_half_precision_leaves_the_rest_of_the_pipeline_as_it_was(folder, tmp_path, lora):
-    values = config(folder, tmp_path, mixed_precision="bf16", lora_rank=lora, validation_steps=2)
+    values = config(
+        folder, tmp_path, mixed_precision="bf16", lora_rank=lora, num_validation_images=2, validation_steps=2
+    )
     record, trainer = train(values)
     assert np.isfinite(record.losses).all()
     assert trainer.recipe.denoiser.at().pipe.vae.dtype == torch.bfloat16
@@ -272,7 +275,7 @@ def test_half_precision_leaves_the_rest_of_the_pipeline_as_it_was(folder, tmp_pa
 
 
 def test_missing_images_of_the_class_are_generated_once(folder, tmp_path):
-    changes = {"class_data_dir": str(tmp_path / "class"), "num_class_images": 5, "num_validation_images": 0}
+    changes = {"class_data_dir": str(tmp_path / "class"), "num_class_images": 5}
     values = config(folder, tmp_path / "out", max_train_steps=1, **changes)
     train(values)
     files = sorted((tmp_path / "class").glob("*.png"))
