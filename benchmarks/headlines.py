@@ -4,7 +4,7 @@ METHODS = {
     "domain_studio": {
         "title": "DomainStudio",
         "papers": ["2306.14153"],
-        "gives": "Adapt a model, also Stable Diffusion, to about ten images without ending in copies of the ten.",
+        "gives": "Adapt a model or a text-to-image pipeline to about ten images without ending in copies of the ten.",
         "headline": (
             "Samples stay {experiment[domain_studio_over_plain_intra_cluster_600]} times as diverse as after plain "
             "fine-tuning, at {experiment[domain_studio_over_plain_frechet_distance_600]} of its Frechet distance."

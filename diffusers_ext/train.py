@@ -14,7 +14,8 @@ __all__ = ["METHODS", "main"]
 
 # Name on the command line -> recipe in the public index, and what it trains. A method adds its line here.
 METHODS = {
-    "domain_studio": ("DomainStudioRecipe", "a model adapted to about ten images, whole or by LoRA"),
+    "domain_studio": ("DomainStudioRecipe", "an image model adapted to about ten images"),
+    "domain_studio_text": ("DomainStudioTextRecipe", "any text-to-image pipeline adapted to about ten, also by LoRA"),
     "immiscible": ("ImmiscibleRecipe", "image diffusion or flow matching, with plain or paired noise"),
     "mmd_ddm": ("MMDDDMRecipe", "a pretrained denoiser, for few sampling steps"),
     "oms": ("OMSRecipe", "a One More Step module for a base pipeline"),

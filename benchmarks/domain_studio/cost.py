@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from peft import LoraConfig
 
 from benchmarks.harness import figure, interleaved, small_unet, write_result
 from diffusers_ext import (
@@ -28,8 +27,8 @@ from diffusers_ext import (
     pairwise_similarity_loss,
     save_repo,
 )
-from diffusers_ext.methods.domain_studio.text import LORA_TARGETS
 from diffusers_ext.training.callbacks import Callback
+from diffusers_ext.training.lora import add_lora
 
 SIZE, STEPS, ROUNDS = 16, 12, 4
 PLAIN = {"pair_weight": 0.0, "hf_pair_weight": 0.0, "hf_mse_weight": 0.0}
@@ -111,9 +110,8 @@ def gibibytes(lora):
     whole = sum(p.numel() for p in unet.parameters())
     if not lora:
         return 4 * (whole + 5 * whole) / 2**30  # the source; the adapted, its gradient, two moments and the average
-    unet.requires_grad_(False)
     with torch.device("meta"):
-        unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=LORA_TARGETS))
+        add_lora(unet, 4)
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     return 4 * (whole + 5 * trained) / 2**30
 

@@ -13,7 +13,14 @@ from pathlib import Path
 
 __all__ = ["PANELS", "run_demo"]
 
-PANELS = ["image_generation", "mmd_ddm", "noise_diffusion", "one_more_step", "sda", "text_to_image"]  # named as file and function
+PANELS = [
+    "image_generation",
+    "mmd_ddm",
+    "noise_diffusion",
+    "one_more_step",
+    "sda",
+    "text_to_image",
+]  # named as file and function
 
 
 def run_demo(output_dir: Path, panels: Sequence[str] = PANELS) -> None:

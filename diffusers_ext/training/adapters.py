@@ -21,7 +21,7 @@ def require_peft(argument: str, text_encoder: bool = False) -> None:
         ValueError: it is not.
     """
     if find_spec("peft") is None:
-        raise ValueError(f"`{argument}` must be False without peft: pip install diffusers-ext[lora]")
+        raise ValueError(f"`{argument}` must be left out without peft: pip install diffusers-ext[lora]")
     if not text_encoder:
         return
     from transformers.integrations.peft import MIN_PEFT_VERSION

@@ -162,7 +162,7 @@ def adapters_off(network: Any) -> Iterator[None]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
-    was_training = network.training
+    was_training, trained = network.training, [(p, p.requires_grad) for p in network.parameters()]
     network.eval()
     for layer in layers:
         layer.enable_adapters(False)
@@ -171,4 +171,6 @@ def adapters_off(network: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+        for p, flag in trained:  # peft lets all layers be trained again
+            p.requires_grad_(flag)
         network.train(was_training)

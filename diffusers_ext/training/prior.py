@@ -1,4 +1,4 @@
-"""Few images to adapt to, beside images of their class that keep the model from forgetting it."""
+"""Images of a class, drawn by a model before it is adapted, that keep it from forgetting the class."""
 
 from __future__ import annotations
 
@@ -12,34 +12,9 @@ from tqdm.auto import tqdm
 from diffusers_ext.data.folder import image_files
 from diffusers_ext.rng import mix
 
-__all__ = ["PairedDataset", "class_images"]
+__all__ = ["class_images"]
 
 CLASS_IMAGE = 7
-
-
-class PairedDataset:
-    """The images to adapt to, each with an image of the class; the latter are taken in turn, or drawn.
-
-    Args:
-        instances: a map-style data set of `load_images`' kind.
-
-    Attributes:
-        classes: likewise, to be set before the first `get`.
-    """
-
-    def __init__(self, instances: Any) -> None:
-        self.instances, self.classes = instances, None
-
-    def __len__(self) -> int:
-        """Returns the number of images to adapt to."""
-        return len(self.instances)
-
-    def get(self, index: int, generator: torch.Generator | None = None) -> dict[str, Any]:
-        """Returns an image as `pixel_values` and one of the class as `class_pixel_values`."""
-        classes: Any = self.classes
-        other = int(torch.randint(len(classes), (1,), generator=generator))
-        item = self.instances.get(index, generator)
-        return {**item, "class_pixel_values": classes.get(other, generator)["pixel_values"]}
 
 
 def class_images(

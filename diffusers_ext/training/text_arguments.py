@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .adapters import require_peft
 from .config import described, require
 from .noise import NoiseConfig
 from .timesteps import Density
@@ -107,6 +108,8 @@ class TextToImageConfig(NoiseConfig):
         rank = self.lora_rank
         require(rank is None or rank >= 1, "lora_rank", rank, "an integer >= 1, or left out to train all weights")
         require(self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "a number > 0")
+        if rank is not None:
+            require_peft("lora_rank")
         if rank is None:
             for name in ("lora_alpha", "lora_targets", "use_dora", "quantization"):
                 value = getattr(self, name)
@@ -128,26 +131,37 @@ class TextToImageConfig(NoiseConfig):
             self.cache_dir,
             "left out without `cache_latents` and `cache_prompts`",
         )
-        given = {n: getattr(self, n) for n in ("class_prompt", "class_data_dir") if getattr(self, n) is not None}
-        if given and (len(given) < 2 or self.instance_prompt is None):
+        self._check_prior()
+        if self.prior and self.aspect_ratio_buckets:
             raise ValueError(
-                "`instance_prompt`, `class_prompt` and `class_data_dir` must be given together, got "
-                f"{self.instance_prompt!r}, {self.class_prompt!r} and {self.class_data_dir!r}."
-            )
-        if given and self.aspect_ratio_buckets:
-            raise ValueError(
-                "`aspect_ratio_buckets` must be False with `class_prompt`: images of the class are squares."
+                "`aspect_ratio_buckets` must be False with `class_data_dir`: images of the class are squares."
             )
         require(self.num_class_images >= 1, "num_class_images", self.num_class_images, "an integer >= 1")
-        require(self.prior_loss_weight > 0, "prior_loss_weight", self.prior_loss_weight, "a number > 0")
+        folder = self.class_data_dir
+        is_file = folder is not None and Path(folder).is_file()
+        require(not is_file, "class_data_dir", folder, "a folder, which need not exist yet")
         for name in ("train_data_dir", "output_dir"):
             if self.class_data_dir is not None and getattr(self, name) is not None:
                 ours, theirs = Path(getattr(self, name)).resolve(), Path(self.class_data_dir).resolve()
                 apart = ours not in (theirs, *theirs.parents) and theirs not in ours.parents
                 require(apart, "class_data_dir", self.class_data_dir, f"apart from `{name}`, {str(ours)!r}")
 
+    def _check_prior(self) -> None:
+        given = {n: getattr(self, n) for n in ("class_prompt", "class_data_dir") if getattr(self, n) is not None}
+        if given and (len(given) < 2 or self.instance_prompt is None):
+            raise ValueError(
+                "`instance_prompt`, `class_prompt` and `class_data_dir` must be given together, got "
+                f"{self.instance_prompt!r}, {self.class_prompt!r} and {self.class_data_dir!r}."
+            )
+        require(self.prior_loss_weight > 0, "prior_loss_weight", self.prior_loss_weight, "a number > 0")
+
     @property
-    def source(self) -> tuple[str, str]:
+    def prior(self) -> bool:
+        """Whether images of the class are trained on."""
+        return self.class_data_dir is not None
+
+    @property
+    def model_argument(self) -> tuple[str, str]:
         """The argument that names the pipeline, and its value."""
         name = "pipeline_config" if self.pretrained_model_name_or_path is None else "pretrained_model_name_or_path"
         return name, str(getattr(self, name))

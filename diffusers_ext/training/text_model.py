@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
@@ -97,6 +98,20 @@ class TextPipeline:
         """Returns the pipeline's other modules by name."""
         parts = self.pipe.components.items()
         return {n: m for n, m in parts if isinstance(m, nn.Module) and n != self.network_name}
+
+    @contextmanager
+    def one_precision(self) -> Iterator[None]:
+        """Holds all modules in the network's precision for a while: the stock call takes no mixture."""
+        modules = self.others().values() if self.dtype != self.network_dtype else ()
+        tensors = [t for module in modules for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+        before = [t.dtype for t in tensors]
+        for tensor in tensors:
+            tensor.data = tensor.data.to(self.network_dtype)
+        try:
+            yield
+        finally:
+            for tensor, dtype in zip(tensors, before, strict=True):
+                tensor.data = tensor.data.to(dtype)
 
     def release(self, names: Iterable[str]) -> None:
         """Frees the memory of modules that training does not need any more; their configurations stay."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -17,6 +18,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusers_ext.data.sources import load_images
+from diffusers_ext.generation.prompts import Conditions
 from diffusers_ext.hub.card import RepoCard
 from diffusers_ext.hub.repo import has_lora_format, save_lora_repo, save_repo
 
@@ -33,7 +35,7 @@ from .text_data import CaptionedImages, make_buckets
 from .text_model import SizedDenoiser, TextPipeline
 from .timesteps import Timesteps
 
-__all__ = ["TextToImageRecipe"]
+__all__ = ["Prediction", "TextToImageRecipe"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,23 @@ SNIPPET = """from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("{base}"){loading}
 image = pipeline({prompt}).images[0]
 image.save("sample.png")"""
+
+
+@dataclass
+class Prediction:
+    """What the network says of noisy samples, images of the class behind the others.
+
+    Attributes:
+        output: `(batch, ...)`, in the scheduler's space, with gradient.
+        noisy: the network's input.
+        target: what the output should be.
+        t: `(batch,)` timesteps of the objective.
+    """
+
+    output: torch.Tensor
+    noisy: torch.Tensor
+    target: torch.Tensor
+    t: torch.Tensor
 
 
 class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
@@ -94,7 +113,7 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
             raise ValueError(f"`caption_column` must hold captions, got {config.caption_column!r} with none.")
         self.data = CaptionedImages(images, captions)
         self.model = TextPipeline(
-            *config.source,
+            *config.model_argument,
             ctx.weight_dtype,
             torch.float32 if config.lora_rank is None else ctx.weight_dtype,
             from_scratch=config.pipeline_config is not None,
@@ -163,7 +182,7 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
             module.requires_grad_(False).eval().to(self.device)
         if config.quantization is None:
             model.network.to(self.device)
-        if config.class_prompt is not None:
+        if config.prior:
             self.data.classes = self._class_images(ctx)
         with quiet():
             self._encode_before(ctx)
@@ -216,7 +235,8 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
         say_about_length(model.pipe, self.data.prompts)
         extra = [config.class_prompt] if config.class_prompt is not None else []
         self.prompts = PromptRecordings(self.denoiser.at(), ["", *self.data.prompts, *extra])
-        self.denoiser.at().check([self.data.prompts[0]])
+        with model.one_precision():
+            self.denoiser.at().check([self.data.prompts[0]])
         # Each size asks the pipeline once, while its encoders are there.
         scheduler, density = model.pipe.scheduler, config.timestep_sampling
         self.timesteps = {size: pipeline_timesteps(scheduler, density, self._mu(size)) for size in self.data.sizes}
@@ -314,21 +334,48 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
 
     def training_step(self, batch: dict[str, Any], ctx: Context[ConfigT]) -> StepOutput:
         """Noises, predicts and compares."""
+        n = len(batch["caption"])
         with torch.no_grad():
             sample = self.encode(batch, ctx)
-            n, both = len(batch["caption"]), len(sample.x0)
-            ids = list(ctx.ids) if both == n else [*ctx.ids, *(CLASS_IDS + i for i in ctx.ids)]
+        made = self.predict(sample, ctx)
+        loss = self.objective.loss(made.output[:n], made.target[:n], made.t[:n])
+        logs = {"denoising": loss}
+        if len(sample.x0) > n:
+            logs["prior"] = self.objective.loss(made.output[n:], made.target[n:], made.t[n:])
+            loss = loss + self.config.prior_loss_weight * logs["prior"]
+        for name, term in self.further_terms(batch, sample, made, ctx).items():
+            loss, logs[name] = loss + term, term
+        return StepOutput(loss, logs if len(logs) > 1 else {})
+
+    def predict(self, sample: Sample, ctx: Context[ConfigT], one_timestep: bool = False) -> Prediction:
+        """Noises a batch and denoises it.
+
+        Args:
+            sample: from `encode`.
+            ctx: the run.
+            one_timestep: all samples get the same.
+        """
+        with torch.no_grad():
+            both = len(sample.x0)
+            ids = list(ctx.ids) if both == len(ctx.ids) else [*ctx.ids, *(CLASS_IDS + i for i in ctx.ids)]
             noise = self.draw_noise(sample, ids, ctx)
             t = self.timesteps[sample.cond["size"]](both, ctx.rng, ids, noise.device)
-            t = t[:1].expand(both) if self.one_timestep else t
+            t = t[:1].expand(both) if self.one_timestep or one_timestep else t
             noisy, target = self.objective.make(sample.x0, noise, t)
+        return Prediction(self.denoise(ctx.model, noisy, t, **sample.cond), noisy, target, t)
+
+    def denoise(
+        self, denoiser: Any, noisy: torch.Tensor, t: torch.Tensor, conditions: Conditions, size: Size
+    ) -> torch.Tensor:
+        """Calls a `SizedDenoiser` at timesteps of the objective."""
         times = self.objective.model_timesteps(t)
-        prediction = ctx.model(noisy, times[:1] if self.one_timestep else times, **sample.cond)
-        loss = self.objective.loss(prediction[:n], target[:n], t[:n])
-        if both == n:
-            return StepOutput(loss)
-        prior = self.objective.loss(prediction[n:], target[n:], t[n:])
-        return StepOutput(loss + self.config.prior_loss_weight * prior, {"denoising": loss, "prior": prior})
+        return denoiser(noisy, times[:1] if self.one_timestep else times, conditions=conditions, size=size)
+
+    def further_terms(
+        self, batch: dict[str, Any], sample: Sample, made: Prediction, ctx: Context[ConfigT]
+    ) -> dict[str, torch.Tensor]:
+        """Returns what a method adds to the loss, weighted, by name; here nothing."""
+        return {}
 
     # -- results ---------------------------------------------------------------------------------------------------
 

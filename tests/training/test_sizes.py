@@ -106,7 +106,7 @@ def test_noise_without_a_choice_is_said(data, tmp_path, changes):
 def test_adapters_of_text_encoders_need_what_transformers_asks_for(monkeypatch):
     monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.22.0")
     monkeypatch.setattr(adapters, "version", lambda name: "0.21.2")
-    adapters.require_peft("use_lora")
+    adapters.require_peft("lora_rank")
     message = (
         "`train_text_encoder` must be left out, or peft be at least 0.22.0, .*got peft 0.21.2: pip install -U peft"
     )
@@ -115,5 +115,5 @@ def test_adapters_of_text_encoders_need_what_transformers_asks_for(monkeypatch):
     monkeypatch.setattr(adapters, "version", lambda name: "0.22.1")
     adapters.require_peft("train_text_encoder", text_encoder=True)
     monkeypatch.setattr(adapters, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="`use_lora` must be False without peft"):
-        adapters.require_peft("use_lora")
+    with pytest.raises(ValueError, match="`lora_rank` must be left out without peft"):
+        adapters.require_peft("lora_rank")

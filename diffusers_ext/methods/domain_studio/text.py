@@ -1,103 +1,121 @@
-"""How DomainStudio handles Stable Diffusion: two prompts, and a LoRA or the whole network to train."""
+"""DomainStudio for any text-to-image pipeline: further losses of the recipe that trains it."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal
+import dataclasses
+from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 
-from diffusers_ext.generation.text import encode
-from diffusers_ext.training.pretrained import check_schedule, converted, loaded
-from diffusers_ext.training.recipe import Context, Modules
+from diffusers_ext.hub.card import RepoCard
+from diffusers_ext.training.config import require
+from diffusers_ext.training.lora import adapters_off
+from diffusers_ext.training.recipe import Context, Modules, Sample
+from diffusers_ext.training.text_model import SizedDenoiser
+from diffusers_ext.training.text_to_image import Prediction, TextToImageRecipe
 
-__all__ = ["TextModel"]
+from .arguments import DomainStudioTextConfig
 
-LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+__all__ = ["DomainStudioTextRecipe"]
 
 
-class TextModel:
-    """A Stable Diffusion pipeline; the source is a frozen copy of its UNet, or the UNet with its LoRA turned off.
+class DomainStudioTextRecipe(TextToImageRecipe[DomainStudioTextConfig]):
+    """DomainStudio (arXiv 2306.14153) for any text-to-image pipeline, whole or by LoRA.
 
-    Args:
-        name: Hub repo or folder.
-        prompts: the prompts of the images to adapt to (`instance`) and of their class (`class`).
-        rank: rank of the LoRA layers; `None` trains the whole UNet.
+    The source sees the same noisy images at the same timesteps under the prompt of the class. By LoRA it is the
+    network itself with the layers off; otherwise a frozen copy. All else is training the pipeline with prior
+    preservation: at weight 0 of the further losses a step is that of `TextToImageRecipe`.
 
-    Attributes:
-        pipe: the pipeline.
-
-    See `UnconditionalModel` for the other attributes.
-
-    Raises:
-        ValueError: it cannot be loaded or is no Stable Diffusion with one text encoder, or peft is missing.
+    Example:
+        >>> from diffusers_ext import DomainStudioTextConfig, DomainStudioTextRecipe, Trainer
+        >>> config = DomainStudioTextConfig(
+        ...     pretrained_model_name_or_path="my/flux", train_data_dir="ten-houses", instance_prompt="a [V] house",
+        ...     class_prompt="a house", class_data_dir="houses", lora_rank=8, max_train_steps=800,
+        ... )
+        >>> Trainer(config, DomainStudioTextRecipe(config)).train()  # doctest: +SKIP
     """
 
-    image_scale, learned_variance = 1.0, False
+    Config = DomainStudioTextConfig
 
-    def __init__(self, name: str, prompts: dict[str, str], rank: int | None) -> None:
-        self.pipe: Any = loaded("pretrained_model_name_or_path", DiffusionPipeline, name)
-        components = self.pipe.components
-        unet, encoder = components.get("unet"), components.get("text_encoder")
-        plain = type(self.pipe) is StableDiffusionPipeline and isinstance(unet, UNet2DConditionModel)
-        unused = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
-        if not plain or any(unet.config[name] for name in unused) or encoder is None or components["vae"] is None:
-            raise ValueError(
-                "`pretrained_model_name_or_path` must be a StableDiffusionPipeline with one text encoder, whose "
-                f"network takes nothing else, got {name!r}, a {type(self.pipe).__name__}."
+    def dataset(self, ctx: Context[DomainStudioTextConfig]) -> Any:
+        """Loads the images and the pipeline, and checks the arguments that depend on it."""
+        data, config = super().dataset(ctx), self.config
+        self.losses = losses = config.make_loss()
+        config.check_timesteps(self.model.pipe.scheduler.config.num_train_timesteps)
+        high = losses.weights["hf_pair_weight"] or losses.weights["hf_mse_weight"]
+        if high and config.similarity_space == "latent":
+            shape = self.denoiser.at().latents_shape(1)
+            fits = len(shape) == 4 and not (shape[2] % 2 or shape[3] % 2)
+            accepted = (
+                f"'pixel' for {type(self.model.pipe).__name__}, whose latents of the shape {shape} have no blocks of "
+                "2x2 that give the high frequencies, or these be without weight"
             )
-        self.unet, self.vae, self.rank, self.prompts = unet, self.pipe.vae, rank, prompts
-        if unet.config["out_channels"] != unet.config["in_channels"]:
-            raise ValueError(
-                "`pretrained_model_name_or_path` must be a model that takes noisy latents and nothing else and does "
-                f"not learn its variance, got {name!r} with {unet.config['in_channels']} input and "
-                f"{unet.config['out_channels']} output channels."
+            require(fits, "similarity_space", config.similarity_space, accepted)
+        return data
+
+    def setup(self, ctx: Context[DomainStudioTextConfig]) -> Modules:
+        """Readies the pipeline, and keeps a copy of its network where a loss needs the source."""
+        modules, model = super().setup(ctx), self.model
+        if self.losses.pairs and self.config.source == "frozen" and self.config.lora_rank is None:
+            pipe = copy.copy(model.pipe)
+            setattr(pipe, model.network_name, copy.deepcopy(model.network))
+            modules.frozen["source"] = SizedDenoiser(pipe, self.data.sizes, **self._call())
+        return modules
+
+    def further_terms(
+        self, batch: dict[str, Any], sample: Sample, made: Prediction, ctx: Context[DomainStudioTextConfig]
+    ) -> dict[str, torch.Tensor]:
+        """Compares the adapted with the source, in the images to adapt to."""
+        config, losses, n = self.config, self.losses, len(batch["caption"])
+        if not any(losses.weights.values()):
+            return {}
+        if config.source == "self":
+            made = self.predict(sample, ctx, one_timestep=True)
+        noisy, t, size = made.noisy[:n], made.t[:n], sample.cond["size"]
+        source = None
+        if losses.pairs and config.source == "self":
+            source = self._compared(made.output[n:], made.noisy[n:], made.t[n:], size)
+        elif losses.pairs:
+            with torch.no_grad():
+                source = self._compared(self._source(noisy, t, size, ctx), noisy, t, size)
+        target = batch["pixel_values"] if config.similarity_space == "pixel" else sample.x0[:n]
+        return dict(
+            losses(
+                self._compared(made.output[:n], noisy, t, size),
+                source,
+                target,
+                snr=self.objective.snr(t),
+                timesteps=self.objective.model_timesteps(t),
             )
-        self.scheduler = self.pipe.scheduler
-        check_schedule(self.scheduler, name, flow=False)
-        self.training_scheduler: Any = converted(DDPMScheduler, self.scheduler)
-        self.frozen: dict[str, Any] = {"vae": self.vae, "text_encoder": encoder}
-        self._text: dict[str, torch.Tensor] = {}
-        if rank is not None:
-            self._add_lora(rank)
-
-    def _add_lora(self, rank: int) -> None:
-        from peft import LoraConfig
-
-        self.unet.requires_grad_(False)
-        self.unet.add_adapter(
-            LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
         )
 
-    def add_source(self) -> None:
-        """Keeps a copy of the network as it is now; with LoRA none is needed."""
-        if self.rank is None:
-            self.frozen["source"] = copy.deepcopy(self.unet)
+    def _compared(
+        self, prediction: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor, size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Returns the clean samples that a prediction sees, as they are compared: images in [-1, 1], or latents."""
+        x0 = self.objective.predicted_sample(prediction, noisy, t)
+        return x0 if self.config.similarity_space == "latent" else self.denoiser.at(size).decode(x0)
 
-    def condition(self, who: Literal["instance", "class"], count: int) -> dict[str, Any]:
-        """Returns the embedding of a prompt, `count` times, as the network's argument."""
-        if who not in self._text:
-            encoders = [(self.pipe.tokenizer, self.pipe.text_encoder)]
-            self._text[who] = encode([self.prompts[who]], encoders, self.pipe.text_encoder.device)
-        return {"encoder_hidden_states": self._text[who].expand(count, -1, -1)}
+    def _source(
+        self, noisy: torch.Tensor, t: torch.Tensor, size: tuple[int, int], ctx: Context[DomainStudioTextConfig]
+    ) -> torch.Tensor:
+        """Returns the source's prediction under the prompt of the class."""
+        conditions = self.prompts([str(self.config.class_prompt)])
+        if "source" in ctx.modules.frozen:
+            return self.denoise(ctx.modules.frozen["source"], noisy, t, conditions, size)
+        network = ctx.accelerator.unwrap_model(ctx.model)
+        with adapters_off(network):
+            return self.denoise(network, noisy, t, conditions, size)
 
-    def source(self, ctx: Context[Any], noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Returns the source's prediction for the prompt of the class, without gradient."""
-        text = self.condition("class", len(noisy))["encoder_hidden_states"]
-        lora = self.rank is not None
-        unet: Any = ctx.accelerator.unwrap_model(ctx.model) if lora else ctx.modules.frozen["source"]
-        was_training = unet.training
-        if lora:
-            unet.eval().disable_adapters()
-        with torch.no_grad():
-            prediction = unet(noisy.to(unet.dtype), t, encoder_hidden_states=text.to(unet.dtype), return_dict=False)[0]
-        if lora:
-            unet.enable_adapters()
-            unet.train(was_training)
-        return prediction.float()
-
-    def pipeline(self, modules: Modules) -> DiffusionPipeline:
-        """Returns the pipeline with the adapted network."""
-        self.pipe.register_modules(unet=modules.trainable)
-        return self.pipe
+    def card(self) -> RepoCard:
+        """Returns the card of the adapted pipeline or of its LoRA layers."""
+        card, name = super().card(), self.model.name
+        return dataclasses.replace(
+            card,
+            method="DomainStudio",
+            description=f"{card.description} Adapted to {len(self.data)} images with the diversity of {name}: the "
+            "distances between its samples are tied to those between the source's.",
+            tags=[*card.tags, "domain-studio"],
+            paper="https://arxiv.org/abs/2306.14153",
+        )

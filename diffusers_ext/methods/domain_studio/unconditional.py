@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -59,10 +59,6 @@ class UnconditionalModel:
     def add_source(self) -> None:
         """Keeps a copy of the network as it is now."""
         self.frozen["source"] = copy.deepcopy(self.unet)
-
-    def condition(self, who: Literal["instance", "class"], count: int) -> dict[str, Any]:
-        """Returns the network's further arguments; none without text."""
-        return {}
 
     def source(self, ctx: Context[Any], noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Returns the source's prediction, without gradient."""

@@ -1,4 +1,4 @@
-"""DomainStudio's recipe: plain training at weight 0, the frozen source, prior images, LoRA, repos, and refusals."""
+"""DomainStudio's recipe: plain training at weight 0, the frozen source, repos, and refusals."""
 
 import dataclasses
 import json
@@ -17,14 +17,10 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LDMPipeline,
-    StableDiffusionImg2ImgPipeline,
     UNet2DModel,
     VQModel,
 )
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPConfig
 
 from diffusers_ext import (
     DenoisingConfig,
@@ -37,12 +33,9 @@ from diffusers_ext import (
     save_repo,
 )
 from diffusers_ext.methods.domain_studio.unconditional import UnconditionalModel
-from diffusers_ext.training.prior import class_images
 from tests import processes
 from tests.methods.oms.tiny import stable_diffusion
 from tests.training.tiny import UNET, Record
-
-SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 
 
 def network(**options):
@@ -58,9 +51,6 @@ def folder(tmp_path_factory):
     rng = np.random.default_rng(0)
     for name, n in (("ten", 10), ("one", 1)):
         np.savez(folder / f"{name}.npz", images=rng.integers(0, 256, (n, 8, 8), dtype=np.uint8))
-    (folder / "photos").mkdir()
-    for i in range(6):
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / "photos" / f"{i}.png")
     save_repo(ImageGenerationPipeline(network(), DDPMScheduler(), image_scale=2.0), folder / "base")
     save_repo(ImageGenerationPipeline(network(), FlowMatchEulerDiscreteScheduler()), folder / "flow")
     save_repo(ImageGenerationPipeline(network(num_class_embeds=3), DDIMScheduler()), folder / "classes")
@@ -97,20 +87,6 @@ def config(folder, output_dir, **changes):
     return DomainStudioConfig(**{**values, **changes})
 
 
-def text_config(folder, output_dir, **changes):
-    values = {
-        "pretrained_model_name_or_path": str(folder / "text"),
-        "train_data_dir": str(folder / "photos"),
-        "instance_prompt": "a red cat",
-        "class_prompt": "a cat",
-        "class_data_dir": str(folder / "class"),
-        "num_class_images": 3,
-        "resolution": 16,
-        "channels": 3,
-    }
-    return config(folder, output_dir, **{**values, **changes})
-
-
 def train(config, **record):
     record = Record(**record)
     recipe = DomainStudioRecipe(config)
@@ -143,116 +119,19 @@ def test_at_weight_zero_it_is_plain_training(folder, tmp_path):
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-6)
 
 
-def test_text_at_weight_zero_is_dreambooth(folder, tmp_path):
-    """The loss of the first step, computed here by hand from the same draws."""
-    values = text_config(folder, tmp_path, **PLAIN, max_train_steps=1, prior_loss_weight=0.7)
-    recipe, seen = DomainStudioRecipe(values), {}
-    step = recipe.training_step
-
-    def watched(batch, ctx):
-        x0 = [recipe.encode(batch[key], ctx) for key in ("pixel_values", "class_pixel_values")]
-        noise = [ctx.rng.randn_like(part, ctx.ids) for part in x0]
-        t = [recipe.timesteps(4, ctx.rng, ctx.ids) for _ in x0]
-        expected = 0.0
-        for part, n, s, prompt, weight in zip(x0, noise, t, ("a red cat", "a cat"), (1, 0.7), strict=True):
-            text = recipe.model.pipe.encode_prompt(prompt, "cpu", 4, False)[0]
-            noisy = DDPMScheduler.from_config(recipe.model.scheduler.config).add_noise(part, n, s)
-            expected += weight * (ctx.model(noisy, s, text).sample - n).square().mean()
-        ctx.rng.begin(0)
-        seen["ours"], seen["expected"] = (out := step(batch, ctx)).loss.item(), expected.item()
-        return out
-
-    recipe.training_step = watched
-    Trainer(values, recipe).train()
-    assert seen["ours"] == pytest.approx(seen["expected"], rel=1e-5)
-
-
-@pytest.mark.parametrize("make", [config, text_config])
-def test_the_source_stays_and_the_pair_loss_begins_at_zero(folder, tmp_path, make):
-    # Adapted and source are the same network at first; under one prompt they see the same.
-    prompts = {"class_prompt": "a red cat", "class_data_dir": str(tmp_path / "c")} if make is text_config else {}
-    values = make(folder, tmp_path / "out", max_train_steps=3, learning_rate=1e-2, **prompts)
+def test_the_source_stays_and_the_pair_loss_begins_at_zero(folder, tmp_path):
+    values = config(folder, tmp_path / "out", learning_rate=1e-2)
     record = Record()
     trainer = Trainer(values, DomainStudioRecipe(values), [record])
     trainer.train()
-    logs = record.logs
-    assert abs(logs[0]["pair"]) < 1e-5
-    assert abs(logs[0]["hf_pair"]) < 1e-5
-    assert logs[-1]["pair"] > 0
+    assert abs(record.logs[0]["pair"]) < 1e-5
+    assert abs(record.logs[0]["hf_pair"]) < 1e-5
+    assert record.logs[-1]["pair"] > 0
     source = trainer.ctx.modules.frozen["source"]
     before = weights(values.pretrained_model_name_or_path)
     assert all(torch.equal(before[name], value) for name, value in source.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in source.parameters())
     assert not source.training
-
-
-def test_lora_takes_the_network_itself_as_source_and_saves_layers_only(folder, tmp_path):
-    before = weights(folder / "text")
-    _, losses, trainer = train(text_config(folder, tmp_path, use_lora=True, rank=2, learning_rate=1e-2))
-    assert "source" not in trainer.ctx.modules.frozen
-    unet = trainer.ctx.modules.trainable
-    trained = {name for name, p in unet.named_parameters() if p.requires_grad}
-    assert trained
-    assert all("lora" in name for name in trained)
-    held = {name.replace(".base_layer", ""): value for name, value in unet.state_dict().items() if "lora" not in name}
-    assert all(torch.equal(before[name], value) for name, value in held.items())
-    found = {path.name for path in tmp_path.iterdir()}
-    assert {"pytorch_lora_weights.safetensors", "README.md", "sample.png"} <= found
-    assert "model_index.json" not in found
-    card = (tmp_path / "README.md").read_text()
-    assert f'load_lora_weights("{tmp_path}")' in card
-    assert "pipeline_tag: text-to-image" in card
-    pipeline = DiffusionPipeline.from_pretrained(folder / "text")
-    pipeline.set_progress_bar_config(disable=True)
-    call = {"prompt": "a red cat", "num_inference_steps": 2, "output_type": "np"}
-    plain = pipeline(**call, generator=torch.Generator().manual_seed(0)).images
-    pipeline.load_lora_weights(tmp_path)
-    adapted = pipeline(**call, generator=torch.Generator().manual_seed(0)).images
-    assert np.abs(plain - adapted).max() > 1e-4
-    with trainer.exported_pipeline() as exported:
-        exported.set_progress_bar_config(disable=True)
-        expected = exported(**call, generator=torch.Generator().manual_seed(0)).images
-    np.testing.assert_allclose(adapted, expected, atol=1e-5)
-
-
-def test_a_turned_off_lora_is_the_source(folder, tmp_path):
-    """The pair terms of a step with LoRA equal those with a copy of the network."""
-    first = {}
-    for lora in (False, True):
-        record = Record()
-        values = text_config(folder, tmp_path / str(lora), use_lora=lora, max_train_steps=1)
-        Trainer(values, DomainStudioRecipe(values), [record]).train()
-        first[lora] = record.logs[0]
-    for name in ("denoising", "prior", "pair", "hf_pair", "hf_mse"):
-        assert first[True][name] == pytest.approx(first[False][name], rel=1e-4, abs=1e-6)
-
-
-def test_missing_images_of_the_class_are_generated_once(folder, tmp_path):
-    values = text_config(folder, tmp_path / "out", class_data_dir=str(tmp_path / "class"), num_class_images=5)
-    train(values)
-    files = sorted((tmp_path / "class").glob("*.png"))
-    assert [file.name for file in files] == [f"{i:05d}.png" for i in range(5)]
-    kept = {file.name: file.read_bytes() for file in files}
-    (tmp_path / "class" / "notes.txt").write_text("no image")
-    (tmp_path / "class" / "00003.png").unlink()
-    values = dataclasses.replace(values, overwrite_output_dir=True)
-    train(values)
-    assert (tmp_path / "class" / "00003.png").read_bytes() == kept["00003.png"]
-    assert len(list((tmp_path / "class").glob("*.png"))) == 5
-    with pytest.raises(ValueError, match="`class_data_dir` must be a folder without images of another class.*'a cat'"):
-        train(dataclasses.replace(values, class_prompt="a dog"))
-
-
-@pytest.mark.parametrize("changes", [
-    {"source": "self"}, {"similarity_space": "latent"}, {"prior_loss_weight": 0.0, "class_data_dir": None},
-    {"hf_mse_weighting": "x0", "max_pair_timestep": 500},
-])  # fmt: skip
-def test_other_settings_of_text_models_train(folder, tmp_path, changes):
-    _, losses, _ = train(text_config(folder, tmp_path, **changes))
-    assert np.isfinite(losses).all()
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path)
-    before, after = weights(folder / "text"), dict(pipeline.unet.state_dict())
-    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize(
@@ -305,11 +184,6 @@ def test_the_script_makes_a_repo(folder, tmp_path):
         ({"resolution": 16}, "`resolution` must be 8, the size of the model's images, got 16"),
         ({"channels": 3}, "`channels` must be 1, as"),
         ({"pair_weight": -1.0}, "`pair_weight` must be a number >= 0, got -1.0"),
-        ({"prior_loss_weight": -1.0}, "`prior_loss_weight` must be a number >= 0, got -1.0"),
-        ({"source": "self"}, "`source` must be 'frozen' without `instance_prompt`, got 'self'"),
-        ({"use_lora": True}, "`use_lora` must be False without `instance_prompt`, got True"),
-        ({"class_prompt": "a cat"}, "`class_prompt` must be left out without `instance_prompt`"),
-        ({"instance_prompt": "a red cat"}, "`class_prompt` must be given with `instance_prompt`"),
         ({"pretrained_model_name_or_path": "classes"}, "must be a model without classes, got .* with 3"),
         ({"pretrained_model_name_or_path": "text"}, "must be a pipeline with a `UNet2DModel`"),
         ({"pretrained_model_name_or_path": "blind"}, "must have a scheduler .* got .*blind.* that ends at zero SNR"),
@@ -335,59 +209,6 @@ def test_bad_arguments(folder, tmp_path, changes, message):
         train(config(folder, tmp_path, **values))
 
 
-def test_a_model_without_text_has_no_prompts(folder, tmp_path):
-    values = text_config(folder, tmp_path, pretrained_model_name_or_path=str(folder / "base"))
-    with pytest.raises(ValueError, match="must be a StableDiffusionPipeline with one text encoder"):
-        train(values)
-    with pytest.raises(ValueError, match="`class_data_dir` must be given with `prior_loss_weight`"):
-        text_config(folder, tmp_path, class_data_dir=None)
-    for inside in (folder / "photos" / "class", folder):
-        with pytest.raises(ValueError, match="`class_data_dir` must be apart from `train_data_dir`"):
-            text_config(folder, tmp_path, class_data_dir=str(inside))
-    with pytest.raises(ValueError, match="`class_data_dir` must be apart from `output_dir`"):
-        text_config(folder, tmp_path, class_data_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="`class_data_dir` must be a folder, which need not exist yet"):
-        text_config(folder, tmp_path, class_data_dir=str(folder / "one.npz"))
-    with pytest.raises(ValueError, match="`output_dir` must be outside of `train_data_dir`"):
-        text_config(folder, folder / "photos" / "out")
-
-
-def test_text_models_that_want_more_are_refused(folder, tmp_path):
-    img2img = StableDiffusionImg2ImgPipeline(**stable_diffusion().components, requires_safety_checker=False)
-    img2img.save_pretrained(tmp_path / "img2img")
-    with pytest.raises(ValueError, match="must be a StableDiffusionPipeline .* a StableDiffusionImg2ImgPipeline"):
-        train(text_config(folder, tmp_path / "out", pretrained_model_name_or_path=str(tmp_path / "img2img")))
-
-
-def test_a_half_precision_repo_and_its_safety_checker(folder, tmp_path):
-    """Class images are drawn in fp32 and pass no checker, which would make them black."""
-    half = stable_diffusion().to(torch.float16)
-    half.save_pretrained(tmp_path / "half")
-    values = text_config(
-        folder,
-        tmp_path / "out",
-        pretrained_model_name_or_path=str(tmp_path / "half"),
-        class_data_dir=str(tmp_path / "class"),
-        max_train_steps=1,
-    )
-    _, losses, trainer = train(values)
-    assert np.isfinite(losses).all()
-    pipeline = trainer.recipe.model.pipe
-    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=SMALL, text_config=SMALL, projection_dim=4))
-    checker.forward = None  # not callable
-    pipeline.register_modules(safety_checker=checker)
-    class_images(pipeline, "a cat", tmp_path / "again", 1, 1, 0)
-    assert pipeline.safety_checker is checker
-    assert pipeline.config["safety_checker"][1] == "StableDiffusionSafetyChecker"  # and it is saved
-
-
-def test_nothing_is_generated_for_a_run_that_cannot_be(folder, tmp_path):
-    for changes in ({"train_batch_size": 7}, {"lr_scheduler": "linear", "lr_warmup_steps": 9}):
-        with pytest.raises(ValueError, match="`train_batch_size` must be small|`lr_warmup_steps` must be at most"):
-            train(text_config(folder, tmp_path / "out", class_data_dir=str(tmp_path / "class"), **changes))
-    assert not (tmp_path / "class").exists()
-
-
 def test_the_source_is_not_written_over(folder):
     with pytest.raises(ValueError, match="`output_dir` must be another folder than the source model's"):
         train(config(folder, folder / "base"))
@@ -403,19 +224,6 @@ def test_the_limit_on_pairs_counts_in_the_network_s_timesteps(folder, tmp_path):
     logs = [entry["pair"] for entry in record.logs]
     assert logs[:2] == [0, 0]
     assert logs[3] > 0
-
-
-@pytest.mark.parametrize("lora", [False, True])
-def test_text_in_half_precision_leaves_the_rest_of_the_pipeline_as_it_was(folder, tmp_path, lora):
-    values = text_config(folder, tmp_path, mixed_precision="bf16", use_lora=lora, validation_steps=2)
-    _, losses, trainer = train(values)
-    assert np.isfinite(losses).all()
-    assert trainer.recipe.model.vae.dtype == torch.bfloat16
-    assert (tmp_path / "sample.png").is_file()
-    for part in () if lora else ("vae", "text_encoder"):
-        file = next((folder / "text" / part).glob("*.safetensors")).name
-        before, after = (weights(path / part, file) for path in (folder / "text", tmp_path))
-        assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_push_wants_a_repo(tmp_path):
