@@ -207,7 +207,13 @@ def test_flow_models_return_to_their_ends_and_sample_as_their_stock_pipelines(ma
     assert clean.abs().max() > 0.1
     torch.testing.assert_close(found, clean, atol=2e-3, rtol=0)
     stock = pipe(
-        "a cat", height=16, width=24, latents=states[steps - 1][:1], num_inference_steps=steps, output_type="latent", **off
+        "a cat",
+        height=16,
+        width=24,
+        latents=states[steps - 1][:1],
+        num_inference_steps=steps,
+        output_type="latent",
+        **off,
     ).images
     torch.testing.assert_close(found[:1], stock.reshape(found[:1].shape).float(), atol=1e-4, rtol=0)
     assert repr(pipe.scheduler.config) == before[0]
