@@ -164,8 +164,8 @@ def summarise(by_shape):
 # What each figure says, for docs/results.md: names as patterns, values for the braces.
 SAYS = {
     "(sd3|pixart)_batch_over_gaussian_frechet_distance_best_guidance": (
-        "Noise assigned over the batch gives the model of shape \\1 {:.2f} times plain noise's distance to real digits, "
-        "each at its best guidance."
+        "Noise assigned over the batch gives the model of shape \\1 {:.2f} times plain noise's distance to real "
+        "digits, each at its best guidance."
     ),
     "(sd3|pixart)_captions_over_gaussian_frechet_distance_best_guidance": (
         "Assigned among images of one caption it gives {:.2f} times plain noise's distance (\\1)."
