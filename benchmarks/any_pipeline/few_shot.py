@@ -107,6 +107,12 @@ def measure(seed):
     return found
 
 
+SAYS = {
+    "paper_lora_300": "After 300 updates on ten inverted digits drawn digits have paper of {:.2f}; 1 is white.",
+    "accuracy_lora_300": "{:.1%} of the inverted digits are still read as their caption.",
+}
+
+
 def plot(path):
     """The ten images, and samples before and after."""
     import matplotlib
@@ -147,7 +153,7 @@ def main():
         table = {"of": "model", "rows": rows, "columns": FIGURES}
         command = "python -m benchmarks.any_pipeline.few_shot"
         seconds = time.perf_counter() - start
-        write_result("any_pipeline/few_shot", command, figures, SEEDS["sd3"][: seed + 1], seconds, table)
+        write_result("any_pipeline/few_shot", command, figures, SEEDS["sd3"][: seed + 1], seconds, table, says=SAYS)
 
 
 if __name__ == "__main__":
