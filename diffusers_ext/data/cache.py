@@ -112,7 +112,11 @@ def _opened(path: str) -> tuple[Any, dict[int, list[str]]]:
 
 def fingerprint(module: nn.Module) -> str:
     """Returns a digest of a module's configuration and of some numbers of each of its tensors."""
-    digest = hashlib.sha256(str(getattr(module, "config", "")).encode())
+    # Without the place that it was loaded from: what lies elsewhere with the same weights is the same.
+    config: Any = getattr(module, "config", {})
+    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    config.pop("_name_or_path", None)
+    digest = hashlib.sha256(str(sorted(config.items())).encode())
     for name, value in module.state_dict().items():
         values = value.detach().flatten()
         some = values[:: max(1, len(values) // 64)].double().cpu().numpy()
