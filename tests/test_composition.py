@@ -18,6 +18,7 @@ from diffusers_ext import (
     Callback,
     DomainStudioConfig,
     DomainStudioRecipe,
+    DomainStudioTextRecipe,
     ImageClassifierFeatures,
     ImmiscibleConfig,
     ImmiscibleRecipe,
@@ -59,10 +60,21 @@ def seeded(seed=0):
 
 
 class Watch(Callback):
-    """Keeps what is logged, and averages the weights by hand."""
+    """Keeps what is logged and the noise that was drawn, and averages the weights by hand."""
 
     def __init__(self, decay):
-        self.decay, self.logs, self.average, self.steps = decay, [], None, 0
+        self.decay, self.logs, self.pairs, self.average, self.steps = decay, [], [], None, 0
+
+    def on_start(self, trainer):
+        make = getattr(trainer.recipe, "noise", None)
+        if make is not None:
+
+            def kept(x0, **arguments):
+                noise = make(x0, **arguments)
+                self.pairs.append((x0.flatten(1), noise.flatten(1)))
+                return noise
+
+            trainer.recipe.noise = kept
 
     def on_step_end(self, trainer):
         network = trainer.ctx.modules.trainable
@@ -134,10 +146,10 @@ def models(tmp_path_factory):
         "channels": 3,
         "train_batch_size": 3,
         "learning_rate": 3e-2,
-        "use_lora": True,
-        "rank": 2,
+        "lora_rank": 2,
+        "noise": "assignment",
     }
-    run("lora", DomainStudioRecipe, "text", **text)
+    run("lora", DomainStudioTextRecipe, "text", **text)
     real = torch.as_tensor(grey.astype(np.uint8)).float()[:, None] / 127.5 - 1
     return SimpleNamespace(folder=folder, watched=watched, common=common, real=real)
 
@@ -447,9 +459,29 @@ def _(models, capsys):
     assert mmd2(generated, real, kernel).item() == pytest.approx(mmd2(generated[order], real, kernel).item(), rel=1e-5)
 
 
+def is_assigned(models, name):
+    """Of all ways to pair the noise of a batch with its samples, none that swaps two of them is shorter."""
+    for x0, noise in models.watched[name].pairs:
+        cost = torch.cdist(x0.double(), noise.double()).square()
+        own = cost.diagonal()
+        assert (own[:, None] + own[None] <= cost + cost.T + 1e-3).all()
+    assert len(models.watched[name].pairs) >= 4
+
+
 @row(
     ("domain_studio", "immiscible"),
-    "Immiscible noise in DomainStudio",
+    "Immiscible noise in DomainStudio of text-to-image models",
+    "works",
+    "`--noise`, as in every recipe of text-to-image models: of all pairings in a batch the nearest.",
+)
+def _(models, capsys):
+    is_assigned(models, "lora")
+    is_assigned(models, "immiscible")
+
+
+@row(
+    ("domain_studio", "immiscible"),
+    "Immiscible noise in DomainStudio of models of images alone",
     "refused",
     "The adapted model and its source must see noise as the source did in training; `--noise` is no argument of it.",
 )
@@ -504,7 +536,7 @@ def _(models, capsys):
     ("domain_studio", "lora"),
     "DomainStudio by LoRA",
     "works",
-    "For text-to-image models, with `--use_lora`; for others it is refused, as Diffusers' `UNet2DModel` takes none.",
+    "`train domain_studio_text --lora_rank 4`, for text-to-image models; for others `--lora_rank` is no argument.",
 )
 def _(models, capsys):
     layers = load_file(models.folder / "lora" / "pytorch_lora_weights.safetensors")
@@ -512,38 +544,37 @@ def _(models, capsys):
     for name, value in average.items():
         saved = layers["unet." + name.replace("lora_A.default", "lora.down").replace("lora_B.default", "lora.up")]
         torch.testing.assert_close(saved, value, atol=1e-6, rtol=1e-5)
-    with pytest.raises(ValueError, match="`use_lora` must be False without `instance_prompt`"):
-        DomainStudioConfig(**models.common, pretrained_model_name_or_path="x", output_dir="out", use_lora=True)
+    not_taken(DomainStudioConfig, "lora_rank", capsys)
 
 
 @row(
     ("immiscible", "lora"),
     "Immiscible training by LoRA",
     "refused",
-    "Its networks are trained whole; `--use_lora` is no argument of it.",
+    "Its networks are trained whole; `--lora_rank` is no argument of it.",
 )
 def _(models, capsys):
-    not_taken(ImmiscibleConfig, "use_lora", capsys)
+    not_taken(ImmiscibleConfig, "lora_rank", capsys)
 
 
 @row(
     ("mmd_ddm", "lora"),
     "MMD-DDM by LoRA",
     "refused",
-    "Its networks are tuned whole; `--use_lora` is no argument of it.",
+    "Its networks are tuned whole; `--lora_rank` is no argument of it.",
 )
 def _(models, capsys):
-    not_taken(MMDDDMConfig, "use_lora", capsys)
+    not_taken(MMDDDMConfig, "lora_rank", capsys)
 
 
 @row(
     ("sda", "lora"),
     "SDA's fine-tuning by LoRA",
     "refused",
-    "Classifiers are tuned whole, or by `--head_only`; `--use_lora` is no argument of it.",
+    "Classifiers are tuned whole, or by `--head_only`; `--lora_rank` is no argument of it.",
 )
 def _(models, capsys):
-    not_taken(SDAClassifierConfig, "use_lora", capsys)
+    not_taken(SDAClassifierConfig, "lora_rank", capsys)
 
 
 # ---------------------------------------------------------------- averaged weights
