@@ -1,8 +1,8 @@
 r"""How far a field is from a score, and fields that differ from it by a gauge.
 
-A field is the gradient of a log-density plus a remainder r. Densities and samples are those of the gradient part exactly
-if \(\mathrm{div}(p\, r) = 0\), a gauge freedom (arXiv 2402.03845, section 3): an asymmetric Jacobian alone tells
-nothing, and neither does a symmetric one.
+A field is the gradient of a log-density plus a remainder r. Densities and samples are those of the gradient part
+exactly if \(\mathrm{div}(p\, r) = 0\), a gauge freedom (arXiv 2402.03845, section 3): an asymmetric Jacobian alone
+tells nothing, and neither does a symmetric one.
 """
 
 from __future__ import annotations
@@ -131,11 +131,11 @@ def weak_terms(
     functions: TestFunctions,
     seeds: list[int],
     draws: int,
-    batch: int,
+    batch_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns every image's mean of -(E - e).grad phi / b and of |grad phi|^2, both `(images, functions)` float64."""
     b, values, norms = float(field.at(sigma).b), [], []
-    for rows, noise in rows_of(x, seeds, draws, batch):
+    for rows, noise in rows_of(x, seeds, draws, batch_size):
         noisy = field.add_noise(x[rows], noise, sigma)
         error = (field.select(rows).eps(noisy, sigma) - noise).flatten(1)
         product, norm = functions.along(noisy.flatten(1), error)

@@ -121,8 +121,8 @@ def log_likelihood(
     r"""Computes log-likelihoods by the probability flow.
 
     `"rk45"` is Dormand-Prince 5(4) in sigma (SciPy's), which controls y and log p together; the network must take
-    fractional timesteps. `"heun"` uses the scheduler's own levels nearest to log-spaced sigmas, steps in sigma and sums
-    the trace in log sigma; it needs twice the calls, or more.
+    fractional timesteps. `"heun"` uses the scheduler's own levels nearest to log-spaced sigmas, steps in sigma and
+    sums the trace in log sigma; it needs twice the calls, or more.
 
     Args:
         field: the denoiser.
