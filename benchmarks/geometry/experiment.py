@@ -2,10 +2,11 @@
 
     python -m benchmarks.geometry.experiment [--seeds 0]     # half an hour a seed on two free cores
 
-scikit-learn's digits, 8x8 pixels in [-1, 1], projected on their first 8 principal components: the dimension is 8 of 64.
-A residual MLP and a UNet learn to predict the noise. Measured on held-out digits: all estimators by noise level and the
-Stein residual; then samples, log-likelihoods and estimators of the MLP with a gauge on top. Two more MLPs learn a
-mixture of classes of 4 and of 12 dimensions, and whole digits. The shipped model of 28x28 digits is asked for a plateau.
+scikit-learn's digits, 8x8 pixels in [-1, 1], projected on their first 8 principal components: the dimension is 8, of
+64 values. A residual MLP and a UNet learn to predict the noise. Measured on held-out digits: all estimators by noise
+level and the Stein residual; then samples, log-likelihoods and estimators of the MLP with a gauge on top. Two more
+MLPs learn a mixture of classes of 4 and of 12 dimensions, and whole digits. The shipped model of 28x28 digits is
+asked for a plateau.
 
 Each stage is kept under runs/geometry and not done again; training goes on from its last checkpoint. The result is
 benchmarks/results/geometry/experiment.json, the pictures docs/pictures/geometry*.png.
@@ -13,6 +14,7 @@ benchmarks/results/geometry/experiment.json, the pictures docs/pictures/geometry
 
 import argparse
 import json
+import re
 import statistics
 import time
 from pathlib import Path
@@ -29,14 +31,18 @@ from torch import nn
 from benchmarks.harness import figure, spread, write_result
 from diffusers_ext import (
     ScoreField,
+    exact_jacobian,
     find_plateau,
     frechet_distance,
     gauge_transform,
-    jacobian_probes,
+    load_images,
     local_dimension,
     log_likelihood,
     probability_flow,
+    stein_residual,
 )
+from diffusers_ext.data.assets import ASSETS
+from diffusers_ext.data.digits import DIGITS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RUNS, PICTURES = ROOT / "runs" / "geometry", ROOT / "docs" / "pictures"
@@ -65,7 +71,7 @@ GOALS = {
 }
 
 SAYS = {
-    r"nb_error_(\w+)": "{:.2f} is the largest error of the normal bundle at sigma 0.13 to 0.26, where 8 is true (\\1).",
+    r"nb_error_(\w+)": "{:.2f} is the largest error of the normal bundle at sigma 0.13 to 0.26; 8 is true (\\1).",
     r"dsm_error_(\w+)": "{:.2f} is the largest error of the denoising loss at sigma 0.13 to 0.26 (\\1).",
     r"flipd_error_(\w+)": "{:.2f} is the largest error of FLIPD at sigma 0.13 to 0.26 (\\1).",
     r"plateau_error_(\w+)": "{:.2f} off is the plateau of the mean curve of the denoising loss (\\1).",
@@ -185,7 +191,9 @@ def trained(data, kind, seed):
         if step % 250 == 249:
             print(f"{data} {kind} seed {seed} step {step + 1} loss {loss.item():.4f}", flush=True)
             state = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
-            torch.save({"step": step + 1, **{k: v.state_dict() for k, v in state.items()}}, partial.with_suffix(".tmp"))
+            torch.save(
+                {"step": step + 1, **{k: v.state_dict() for k, v in state.items()}}, partial.with_suffix(".tmp")
+            )
             partial.with_suffix(".tmp").replace(partial)
     save_file(average.state_dict(), done)
     partial.unlink(missing_ok=True)
@@ -231,8 +239,6 @@ def estimators(kind, seed):
 
 
 def local_residual(field, x):
-    from diffusers_ext import stein_residual
-
     found = stein_residual(field, x, SIGMAS, 8, 512, generator())
     return found.value.tolist(), found.standard_error.tolist()
 
@@ -264,7 +270,9 @@ def gauges(seed):
     half = len(held) // 2
     frechet = [frechet_distance(s, x[:TRAIN].flatten(1)) for s in flat]
     halves = frechet_distance(held[:half].flatten(1), held[half:].flatten(1))
-    nats = [log_likelihood(f, few[:8], sigma, tol=1e-3, generator=generator()).nats.mean().item() for f in (field, gauged)]
+    nats = [
+        log_likelihood(f, few[:8], sigma, tol=1e-3, generator=generator()).nats.mean().item() for f in (field, gauged)
+    ]
     a = float(field.at(sigma).a)
     trace = [
         local_dimension(f, few, "trace", sigma, 256, 256, generator()).curve.mean().item() for f in (field, gauged)
@@ -274,8 +282,6 @@ def gauges(seed):
     local = gauge_transform(field, Q, lambda y, s: KAPPA * ((y.flatten(1) - mean) @ n) / s)
     exact = []
     for f in (field, local):
-        from diffusers_ext import exact_jacobian
-
         b = float(f.at(sigma).b)
         jacobian = exact_jacobian(f, a * few[:4], sigma)
         seen = f.eps(a * few[:4], sigma).flatten(1)
@@ -341,9 +347,6 @@ def uncut(seed):
 
 def shipped():
     """The curve of the shipped model of 28x28 digits."""
-    from diffusers_ext import load_images
-    from diffusers_ext.data.digits import ASSETS, DIGITS
-
     pipeline = DiffusionPipeline.from_pretrained(ASSETS / "digits-epsilon")
     data = load_images(train_data_dir=str(DIGITS), resolution=28, channels=1)
     x = torch.stack([data[i]["pixel_values"] for i in range(0, 1000, 125)])
@@ -434,7 +437,9 @@ def draw_images(seed, stages):
     panel = Figure(figsize=(9, 0.95 * len(rows)), constrained_layout=True)
     axes = panel.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axis, (title, images) in zip(axes, rows, strict=True):
-        axis.imshow(torch.cat([*torch.nn.functional.pad(images, (0, 1, 0, 0), value=1)], 1), cmap="gray", vmin=-1, vmax=1)
+        axis.imshow(
+            torch.cat([*torch.nn.functional.pad(images, (0, 1, 0, 0), value=1)], 1), cmap="gray", vmin=-1, vmax=1
+        )
         axis.set(xticks=[], yticks=[])
         axis.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
     panel.savefig(PICTURES / "geometry_images.png", dpi=80)
@@ -456,7 +461,7 @@ def main():
     figures = {}
     for name in per_seed[0]:
         values = [found[name] for found in per_seed if name in found]
-        goal = next((g for pattern, g in GOALS.items() if __import__("re").fullmatch(pattern, name)), None)
+        goal = next((g for pattern, g in GOALS.items() if re.fullmatch(pattern, name)), None)
         figures[name] = figure(statistics.mean(values), "", goal, spread(values))
     figures["shipped_plateaus"] = figure(of_shipped["plateaus"], "images", GOALS["shipped_plateaus"])
     PICTURES.mkdir(exist_ok=True)

@@ -141,7 +141,8 @@ def weak_terms(
         product, norm = functions.along(noisy.flatten(1), error)
         values.append(-product.double().cpu() / b)
         norms.append(norm.double().cpu())
-    return (torch.cat(found).view(len(x), draws, -1).mean(1) for found in (values, norms))  # type: ignore[return-value]
+    value, norm = (torch.cat(found).view(len(x), draws, -1).mean(1) for found in (values, norms))
+    return value, norm
 
 
 @dataclass(frozen=True)
