@@ -9,7 +9,7 @@ MLPs learn a mixture of classes of 4 and of 12 dimensions, and whole digits. The
 asked for a plateau.
 
 Each stage is kept under runs/geometry and not done again; training goes on from its last checkpoint. The result is
-benchmarks/results/geometry/experiment.json, the pictures docs/pictures/geometry*.png.
+benchmarks/results/geometry/experiment.json with two pictures beside it.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
-from benchmarks.harness import figure, spread, write_result
+from benchmarks.harness import RESULTS, figure, spread, write_result
 from diffusers_ext import (
     ScoreField,
     exact_jacobian,
@@ -45,7 +45,7 @@ from diffusers_ext.data.assets import ASSETS
 from diffusers_ext.data.digits import DIGITS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RUNS, PICTURES = ROOT / "runs" / "geometry", ROOT / "docs" / "pictures"
+RUNS, PICTURES = ROOT / "runs" / "geometry", RESULTS / "geometry"
 SEEDS = (0, 1, 2)
 NETWORKS = {"mlp": (6000, 256), "unet": (2500, 64)}  # steps and batch
 SIGMAS = (0.01, 0.03, 0.08, 0.13, 0.18, 0.26)
@@ -420,7 +420,7 @@ def draw_curves(stages, of_shipped):
     left.legend(fontsize=8)
     right.semilogx(of_shipped["sigmas"], of_shipped["curve"], color="C2")
     right.set(xlabel="noise level sigma", title="28x28 digits, shipped model: no plateau")
-    panel.savefig(PICTURES / "geometry.png", dpi=80)
+    panel.savefig(PICTURES / "experiment.png", dpi=80)
 
 
 def draw_images(seed, stages):
@@ -442,7 +442,7 @@ def draw_images(seed, stages):
         )
         axis.set(xticks=[], yticks=[])
         axis.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
-    panel.savefig(PICTURES / "geometry_images.png", dpi=80)
+    panel.savefig(PICTURES / "experiment_images.png", dpi=80)
 
 
 def main():

@@ -9,8 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_ext import (
-    DenoisingConfig,
-    DenoisingRecipe,
+    ImmiscibleRecipe,
     InspectConfig,
     ScoreField,
     SteinResidualCallback,
@@ -26,7 +25,7 @@ from diffusers_ext.data.digits import DIGITS
 from diffusers_ext.methods.geometry import inspection
 from diffusers_ext.methods.geometry.space import diffused
 from diffusers_ext.rng import mix
-from tests.training.tiny import write_data
+from tests.training.tiny import make_config, write_data
 
 MODEL = str(ASSETS / "digits-epsilon")
 
@@ -125,29 +124,17 @@ def test_bad_input(run, tmp_path):
         main([word if word != "3" or words[i - 1] != "--num_draws" else "5" for i, word in enumerate(words)])
 
 
+def train(tmp_path, name, callbacks=()):
+    """A run of seconds; returns its losses."""
+    changes = {"max_train_steps": 4, "num_validation_images": 0, "ema_decay": None}
+    config = make_config(write_data(tmp_path / "data"), tmp_path / name, **changes)
+    Trainer(config, ImmiscibleRecipe(config), callbacks).train()
+    return [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_callback_logs_the_residual_and_disturbs_nothing(tmp_path):
-    data = write_data(tmp_path / "data")
-
-    def train(name, callbacks):
-        config = DenoisingConfig(
-            train_data_dir=str(data / "data.npz"),
-            unet_config=str(data / "unet.json"),
-            output_dir=str(tmp_path / name),
-            resolution=8,
-            channels=1,
-            train_batch_size=4,
-            max_train_steps=4,
-            learning_rate=1e-3,
-            lr_warmup_steps=0,
-            logging_steps=1,
-            num_validation_images=0,
-            dataloader_num_workers=0,
-        )
-        Trainer(config, DenoisingRecipe(config), callbacks).train()
-        return [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-
     callback = SteinResidualCallback(every=2, num_images=8, num_sigmas=3)
-    with_callback = train("with", [callback])
+    with_callback = train(tmp_path, "with", [callback])
     lines = [json.loads(line) for line in (tmp_path / "with" / "stein_residual.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
     assert len(lines[0]["residual"]) == len(lines[0]["sigmas"]) == 3
@@ -155,11 +142,11 @@ def test_callback_logs_the_residual_and_disturbs_nothing(tmp_path):
     assert lines[0]["residual"] != lines[1]["residual"]
     # What the finished model gives by the function.
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "with")
-    images = np.load(data / "data.npz")["images"][:8]
+    images = np.load(tmp_path / "data" / "data.npz")["images"][:8]
     x = torch.from_numpy(images).float()[:, None] / 127.5 - 1
     generator = torch.Generator().manual_seed(mix(0, 0x57E1))
     again = stein_residual(ScoreField.from_pipeline(pipe), x, lines[1]["sigmas"], generator=generator)
     assert again.value.tolist() == pytest.approx(lines[1]["residual"], rel=1e-3, abs=1e-3)
-    assert with_callback == train("without", [])
+    assert with_callback == train(tmp_path, "without")
     with pytest.raises(ValueError, match="`num_images` must be an integer >= 2, got 1"):
         SteinResidualCallback(num_images=1)
