@@ -126,7 +126,7 @@ def test_bad_input(run, tmp_path):
 
 def train(tmp_path, name, callbacks=()):
     """A run of seconds; returns its losses."""
-    changes = {"max_train_steps": 4, "num_validation_images": 0, "ema_decay": None}
+    changes = {"max_train_steps": 4, "num_validation_images": 0}
     config = make_config(write_data(tmp_path / "data"), tmp_path / name, **changes)
     Trainer(config, ImmiscibleRecipe(config), callbacks).train()
     return [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
