@@ -128,11 +128,11 @@ def _load(config: InspectConfig) -> tuple[ScoreField, torch.Tensor, float]:
         pixels = torch.stack([item["pixel_values"] for item in data])
         x = torch.cat([denoiser.encode_images(part) for part in pixels.split(config.batch_size)])
         return field_, x, 2 / 256
-    require(unet is not None, "prompt", config.prompt, f"given for {type(pipe).__name__}")
+    own = unet is not None and not hasattr(pipe, "tokenizer")
+    require(own, "prompt", config.prompt, f"given for {type(pipe).__name__}")
     vae = getattr(pipe, "vae", None)
-    own = unet.config.sample_size if isinstance(unet.config.sample_size, int) else 64
     channels = unet.config.in_channels if vae is None else vae.config.in_channels
-    data = _images(config, size or own * latent_factor(vae), channels)
+    data = _images(config, size or unet.config.sample_size * latent_factor(vae), channels)
     kwargs = {}
     if getattr(unet, "class_embedding", None) is not None:
         require("label" in data[0], "data", config.data, "images with class labels for a class-conditional model")

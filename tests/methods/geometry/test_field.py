@@ -13,8 +13,9 @@ from diffusers import (
     UNet2DModel,
 )
 
-from diffusers_ext import ImageGenerationPipeline, ScoreField, local_dimension
+from diffusers_ext import ImageGenerationPipeline, PipelineDenoiser, ScoreField, local_dimension
 from tests.methods.geometry.gaussian import PLANE, TIMES, gaussian_field, seeded, sigma_of
+from tests.tiny_pipelines import build
 
 
 def true_score(x, a, b, eigenvalues):
@@ -213,6 +214,31 @@ def test_pipelines():
     pipeline.tokenizer = object()
     with pytest.raises(ValueError, match="`prompts` must be given for ImageGenerationPipeline"):
         ScoreField.from_pipeline(pipeline)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusion3Pipeline"])
+def test_text_pipelines_through_their_own_call(name):
+    """The noise that a family's network sees, from the output of its denoiser, prompt by prompt."""
+    pipe, prompts = build(name), ["a cat", "a dog"]
+    field = ScoreField.from_pipeline(pipe, prompts, height=32, width=32)
+    denoiser = PipelineDenoiser(pipe, height=32, width=32)
+    conditions = denoiser.encode_prompts(prompts)
+    x = torch.randn(denoiser.latents_shape(2), generator=seeded())
+    flow = name == "StableDiffusion3Pipeline"
+    index = 400
+    a, b, t, sigma = (getattr(field.levels, key)[index].item() for key in ("a", "b", "t", "sigma"))
+    assert t == pytest.approx(1000 * b) if flow else t == 400
+    with torch.no_grad():
+        output = denoiser(x, t, conditions)
+        wanted = x + a * output if flow else output
+        assert torch.allclose(field.eps(x, sigma), wanted, atol=1e-5)
+        second = field.select(torch.tensor([1])).eps(x[1:], sigma)
+        assert torch.allclose(second, wanted[1:], atol=1e-4)
+    # With gradient, and in an estimator that repeats each image under its own prompt.
+    found = local_dimension(field, x, "trace", sigmas=sigma, num_draws=2, generator=seeded(1)).curve
+    alone = ScoreField.from_pipeline(pipe, prompts[:1], height=32, width=32)
+    part = local_dimension(alone, x[:1], "trace", sigmas=sigma, num_draws=2, generator=seeded(1)).curve
+    assert found[0].item() == pytest.approx(part[0].item(), rel=1e-3)
 
 
 def test_bad_input():

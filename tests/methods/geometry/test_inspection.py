@@ -25,6 +25,7 @@ from diffusers_ext.data.digits import DIGITS
 from diffusers_ext.methods.geometry import inspection
 from diffusers_ext.methods.geometry.space import diffused
 from diffusers_ext.rng import mix
+from tests.tiny_pipelines import build
 from tests.training.tiny import make_config, write_data
 
 MODEL = str(ASSETS / "digits-epsilon")
@@ -122,6 +123,24 @@ def test_bad_input(run, tmp_path):
         inspect_model(InspectConfig(MODEL, data, str(tmp_path), "flow_map", num_images=2))
     with pytest.raises(SystemExit, match="error: `num_draws` must be 3 as in the inspection in"):
         main([word if word != "3" or words[i - 1] != "--num_draws" else "5" for i, word in enumerate(words)])
+
+
+def test_a_text_pipeline_is_inspected_under_a_prompt(tmp_path):
+    build("StableDiffusionPipeline").save_pretrained(tmp_path / "pipe")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels)
+    arguments = {"num_images": 2, "num_sigmas": 2, "num_draws": 2, "resolution": 32, "quantities": "dsm"}
+    out = str(tmp_path / "out")
+    config = InspectConfig(str(tmp_path / "pipe"), str(tmp_path / "images.npz"), out, prompt="a cat", **arguments)
+    found = inspect_model(config).figures
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipe")
+    field = ScoreField.from_pipeline(pipe, ["a cat"], height=32, width=32)
+    x = field.model.encode_images(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    generator = torch.Generator().manual_seed(mix(0, 0))
+    again = local_dimension(field, x[:1], sigmas=found["stein"]["sigmas"], num_draws=2, generator=generator)
+    assert again.curve[0].tolist() == pytest.approx(found["dimension"]["dsm"]["images"][0], rel=1e-3)
+    with pytest.raises(ValueError, match="`prompt` must be given for StableDiffusionPipeline, got None"):
+        inspect_model(InspectConfig(str(tmp_path / "pipe"), str(tmp_path / "images.npz"), out + "2", **arguments))
 
 
 def train(tmp_path, name, callbacks=()):
