@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ class SteinResidualCallback(Callback):
             data = trainer.recipe.data
             items = [data.get(i, torch.Generator().manual_seed(i)) for i in range(min(self.num_images, len(data)))]
             x = diffused(pipeline, torch.stack([item["pixel_values"] for item in items]))
-            arguments = {}
+            arguments: dict[str, Any] = {}
             if getattr(pipeline.unet, "class_embedding", None) is not None:
                 arguments = {"class_labels": torch.tensor([item["label"] for item in items], device=x.device)}
             field = ScoreField.from_pipeline(pipeline, **arguments)

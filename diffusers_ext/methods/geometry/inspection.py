@@ -117,7 +117,7 @@ def _load(config: InspectConfig) -> tuple[ScoreField, torch.Tensor, float]:
     """Returns the field, the images in its space, and the width of a pixel there."""
     pipe: Any = DiffusionPipeline.from_pretrained(checked_folder(DiffusionPipeline, config.repo)).to(config.device)
     pipe.set_progress_bar_config(disable=True)
-    unet = getattr(pipe, "unet", None)
+    unet: Any = getattr(pipe, "unet", None)
     size = config.resolution
     arguments = {"height": size, "width": size} if size is not None else {}
     if config.prompt is not None:
@@ -133,7 +133,7 @@ def _load(config: InspectConfig) -> tuple[ScoreField, torch.Tensor, float]:
     vae = getattr(pipe, "vae", None)
     channels = unet.config.in_channels if vae is None else vae.config.in_channels
     data = _images(config, size or unet.config.sample_size * latent_factor(vae), channels)
-    kwargs = {}
+    kwargs: dict[str, Any] = {}
     if getattr(unet, "class_embedding", None) is not None:
         require("label" in data[0], "data", config.data, "images with class labels for a class-conditional model")
         kwargs = {"class_labels": torch.tensor([item["label"] for item in data], device=config.device)}
