@@ -68,6 +68,7 @@ GOALS = {
     r"mixed_auc": ">= 0.95",
     r"uncut_spearman": ">= 0.6",
     r"shipped_plateaus": "<= 0",
+    r"shipped_mean_plateau": "<= 0",
 }
 
 SAYS = {
@@ -83,7 +84,8 @@ SAYS = {
     "local_flipd_identity": "A local gauge moves FLIPD by what its formula says, but for {:.1e}.",
     "mixed_auc": "Classes of 12 dimensions have a larger dimension than those of 4 with probability {:.3f}.",
     "uncut_spearman": "Mean dimensions of the classes of whole digits rank as nearest neighbours do: {:.2f}.",
-    "shipped_plateaus": "The curve of the shipped 28x28 digits has a plateau for {:.0f} of its images.",
+    "shipped_plateaus": "Of eight 28x28 digits, the shipped model's curve has a plateau for {:.0f}.",
+    "shipped_mean_plateau": "Their mean curve has {:.0f} plateaus.",
 }
 
 
@@ -270,8 +272,10 @@ def gauges(seed):
     half = len(held) // 2
     frechet = [frechet_distance(s, x[:TRAIN].flatten(1)) for s in flat]
     halves = frechet_distance(held[:half].flatten(1), held[half:].flatten(1))
+    # Exact traces: of eight images, probes alone would move the difference by a nat or two.
     nats = [
-        log_likelihood(f, few[:8], sigma, tol=1e-3, generator=generator()).nats.mean().item() for f in (field, gauged)
+        log_likelihood(f, few[:8], sigma, tol=1e-3, trace="exact", batch_size=64).nats.mean().item()
+        for f in (field, gauged)
     ]
     a = float(field.at(sigma).a)
     trace = [
@@ -350,11 +354,12 @@ def shipped():
     pipeline = DiffusionPipeline.from_pretrained(ASSETS / "digits-epsilon")
     data = load_images(train_data_dir=str(DIGITS), resolution=28, channels=1)
     x = torch.stack([data[i]["pixel_values"] for i in range(0, 1000, 125)])
-    found = local_dimension(ScoreField.from_pipeline(pipeline), x, "dsm", num_draws=8, generator=generator())
+    found = local_dimension(ScoreField.from_pipeline(pipeline), x, "dsm", generator=generator())
     return {
         "sigmas": found.sigmas.tolist(),
         "curve": found.curve.mean(0).tolist(),
         "plateaus": sum(value is not None for value in found.value),
+        "plateau_of_mean": int(find_plateau(found.sigmas, found.curve.mean(0), 784, found.masked) is not None),
     }
 
 
@@ -416,10 +421,10 @@ def draw_curves(stages, of_shipped):
         left.semilogx(bad, values, "x", color=colour)
         left.semilogx(SIGMAS, stage["normal_bundle"], "o", mfc="none", color=colour, label=f"{kind.upper()}, bundle")
     left.axhline(8, color="0.6", lw=1)
-    left.set(xlabel="noise level sigma", ylabel="local dimension", ylim=(0, 40), title="digits cut to 8 dimensions")
+    left.set(xlabel="noise level sigma", ylabel="local dimension", ylim=(0, 20), title="digits cut to 8 dimensions")
     left.legend(fontsize=8)
     right.semilogx(of_shipped["sigmas"], of_shipped["curve"], color="C2")
-    right.set(xlabel="noise level sigma", title="28x28 digits, shipped model: no plateau")
+    right.set(xlabel="noise level sigma", title="28x28 digits, shipped model")
     panel.savefig(PICTURES / "experiment.png", dpi=80)
 
 
@@ -463,7 +468,8 @@ def main():
         values = [found[name] for found in per_seed if name in found]
         goal = next((g for pattern, g in GOALS.items() if re.fullmatch(pattern, name)), None)
         figures[name] = figure(statistics.mean(values), "", goal, spread(values))
-    figures["shipped_plateaus"] = figure(of_shipped["plateaus"], "images", GOALS["shipped_plateaus"])
+    for name, key in (("shipped_plateaus", "plateaus"), ("shipped_mean_plateau", "plateau_of_mean")):
+        figures[name] = figure(of_shipped[key], "curves", GOALS[name])
     PICTURES.mkdir(exist_ok=True)
     first = args.seeds[0]
     draw_curves(runs[first], of_shipped)
