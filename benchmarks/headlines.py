@@ -10,6 +10,18 @@ METHODS = {
             "fine-tuning, at {experiment[domain_studio_over_plain_frechet_distance_600]} of its Frechet distance."
         ),
     },
+    "geometry": {
+        "title": "Geometry of a trained model",
+        "papers": ["2402.03845", "2212.12611", "2406.03537", "2206.14882", "2510.12975"],
+        "gives": (
+            "Measure any denoiser: at which noise it is a score, log-likelihood, and the dimension of the data around "
+            "an image."
+        ),
+        "headline": (
+            "{cost[dsm_least_calls]:.0f} calls an image tell a dimension of 8 among 64 to 1.5; the normal bundle's "
+            "way takes {cost[normal_bundle_least_calls]:.0f}."
+        ),
+    },
     "immiscible": {
         "title": "Immiscible Diffusion",
         "papers": ["2406.12303", "2505.18521"],

@@ -14,7 +14,12 @@ from benchmarks.harness import RESULTS
 from diffusers_ext.demo import PANELS, run_demo
 
 PICTURES = RESULTS.parents[1] / "docs" / "pictures"
-EXPERIMENTS = {"domain_studio": "domain_studio/experiment", "immiscible": "immiscible/digits8_flow"}
+EXPERIMENTS = {
+    "domain_studio": "domain_studio/experiment",
+    "geometry": "geometry/experiment",
+    "geometry_images": "geometry/experiment_images",
+    "immiscible": "immiscible/digits8_flow",
+}
 
 
 def main():

@@ -101,6 +101,22 @@ def asset(words: list[str]) -> None:
     print("\n".join(shipped) if name is None else ASSETS / name)
 
 
+def inspect(words: list[str]) -> None:
+    """Measures a model's geometry."""
+    import diffusers_ext
+
+    if words and not words[0].startswith("-"):
+        words = ["--repo", *words]
+    text = f"{COMMANDS['inspect'][0]}."
+    try:
+        config = diffusers_ext.parse_config(
+            diffusers_ext.InspectConfig, words, prog="diffusers-ext inspect", description=text[0].upper() + text[1:]
+        )
+        print(diffusers_ext.inspect_model(config))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
 def info(words: list[str]) -> None:
     """Prints versions and public names."""
     _parser("info").parse_args(words)
@@ -148,5 +164,6 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "generate": ("make a labelled synthetic set with a diffusion pipeline", _sda("generate", "GenerateConfig")),
     "align": ("take a labelled set through a diffusion model", _sda("align", "AlignSetConfig")),
     "evaluate": ("measure an SDATTAPipeline on clean and corrupted images", _sda("evaluate", "EvaluateConfig")),
+    "inspect": ("measure how far a model is from a score, and the dimension of its images", inspect),
     "info": ("print the versions that a bug report needs, and the public names", info),
 }

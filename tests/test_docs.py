@@ -206,6 +206,9 @@ def check_command(words):
         command, *arguments = words[words.index("diffusers-ext") + 1 :]
         if command in ("demo", "info", "asset", "config"):
             return
+        if command == "inspect":
+            diffusers_ext.parse_config(diffusers_ext.InspectConfig, ["--repo", *arguments])
+            return
         if command != "train":
             config = {"generate": "GenerateConfig", "align": "AlignSetConfig", "evaluate": "EvaluateConfig"}[command]
             diffusers_ext.parse_config(getattr(diffusers_ext, config), arguments)

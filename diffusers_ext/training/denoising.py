@@ -23,6 +23,7 @@ from diffusers_ext.generation.pipeline import ImageGenerationPipeline
 from diffusers_ext.hub.card import RepoCard
 
 from .config import described, require
+from .conservativity import predict_with_asymmetry
 from .images import image_dataset
 from .networks import make_network, sized_unet
 from .noise import NoiseConfig, NoiseStrategy, offset_noise
@@ -63,6 +64,7 @@ class DenoisingConfig(NoiseConfig):
     rescale_betas_zero_snr: bool = described("Rescale the schedule to end in pure noise; needs v_prediction.", False)
     timestep_sampling: Literal["uniform", "logit_normal"] = described("Noise levels of flow matching.", "uniform")
     snr_gamma: float | None = described("Min-SNR weighting with this bound (5 is usual); by default none.")
+    conservativity_weight: float = described("Weight of a penalty on asymmetric Jacobians; 0 leaves it out.", 0.0)
     validation_inference_steps: int = described("Sampling steps of validation pictures.", 50)
 
     def __post_init__(self) -> None:
@@ -74,6 +76,8 @@ class DenoisingConfig(NoiseConfig):
         for name in ("num_train_timesteps", "validation_inference_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         require(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "a number in [0, 1)")
+        weight = self.conservativity_weight
+        require(weight >= 0, "conservativity_weight", weight, "a number >= 0")
         require(self.snr_gamma is None or self.snr_gamma > 0, "snr_gamma", self.snr_gamma, "a number > 0")
         require(0 < self.beta_start < 1, "beta_start", self.beta_start, "a number between 0 and 1")
         accepted = f"a number below 1 and not below `beta_start`, {self.beta_start}"
@@ -254,8 +258,18 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
             noise = self.draw_noise(sample, ctx)
             t = self.timesteps(len(noise), ctx.rng, ctx.ids, noise.device)
             noisy, target = self.objective.make(sample.x0, noise, t)
-        prediction = ctx.model(noisy, self.objective.model_timesteps(t), **sample.cond, return_dict=False)[0]
-        return StepOutput(self.objective.loss(prediction, target, t), self.noise_logs(sample, noise))
+
+        def predict(x: torch.Tensor) -> torch.Tensor:
+            return ctx.model(x, self.objective.model_timesteps(t), **sample.cond, return_dict=False)[0]
+
+        logs = self.noise_logs(sample, noise)
+        weight = self.config.conservativity_weight
+        if not weight:
+            return StepOutput(self.objective.loss(predict(noisy), target, t), logs)
+        probes = ctx.rng.randn_like(torch.stack([noisy, noisy], 1), ctx.ids, stream="probes")
+        prediction, asymmetry = predict_with_asymmetry(predict, noisy, probes)
+        loss = self.objective.loss(prediction, target, t) + weight * asymmetry
+        return StepOutput(loss, {**logs, "asymmetry": asymmetry.detach()})
 
     def noise_logs(self, sample: Sample, noise: torch.Tensor) -> dict[str, torch.Tensor]:
         """Returns what to log about the noise of a batch, as scalars; here nothing."""

@@ -1,0 +1,133 @@
+r"""The noise levels of a Diffusers scheduler, and those between them.
+
+A level is \(x_t = a x_0 + b\,\epsilon\) with \(\sigma = b/a\), where \(x_t\) is what the network is given. Levels are
+told by \(\sigma\), which means the same on every schedule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+__all__ = ["Levels", "Schedule"]
+
+LEAST_SIGNAL = 1e-3  # levels of smaller a hold nothing of the image, and 1 / a no digits
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
+
+
+@dataclass(frozen=True)
+class Levels:
+    r"""Noise levels as float64 tensors of one shape, in the order asked for.
+
+    Attributes:
+        t: the timestep that the network is given.
+        a: factor of the clean sample.
+        b: factor of the noise.
+        sigma: \(b/a\).
+    """
+
+    t: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    sigma: torch.Tensor
+
+
+class Schedule:
+    """What a scheduler says of noise levels; the scheduler itself is not changed.
+
+    Args:
+        scheduler: one with `alphas_cumprod`, of flow matching, or an EDM one.
+        prediction_type: what the network predicts, by default as the scheduler says.
+
+    Raises:
+        ValueError: the scheduler is of another kind, the prediction type unknown or of another kind of schedule.
+    """
+
+    def __init__(self, scheduler: Any, prediction_type: str | None = None) -> None:
+        config = getattr(scheduler, "config", {})
+        found = prediction_type or config.get("prediction_type", "epsilon")
+        flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or (
+            not hasattr(scheduler, "alphas_cumprod") and "shift" in config
+        )
+        flow = flow or found == "flow_prediction" or bool(config.get("use_flow_sigmas", False))
+        if flow and prediction_type is None:
+            found = "flow_prediction"
+        if found not in PREDICTIONS or (found == "flow_prediction") != flow:
+            accepted = "'flow_prediction'" if flow else repr(PREDICTIONS[:3])
+            raise ValueError(
+                f"`prediction_type` must be {accepted} with {type(scheduler).__name__}, got {prediction_type!r}."
+            )
+        self.prediction_type = found
+        self.kind = "flow" if flow else "edm" if hasattr(scheduler, "precondition_outputs") else "vp"
+        self.length = int(config.get("num_train_timesteps", 1000))
+        self.sigma_data = float(config.get("sigma_data", 1.0))
+        if flow:
+            s = _flow_times(scheduler, self.length)
+            self._t, self._sigma = self.length * s, s / (1 - s)
+        elif self.kind == "edm":
+            self._sigma = np.geomspace(config["sigma_min"], config["sigma_max"], self.length)
+            self._t = np.log(self._sigma) / 4
+        elif hasattr(scheduler, "alphas_cumprod"):
+            alphas = scheduler.alphas_cumprod.double().cpu().numpy()
+            kept = (alphas >= LEAST_SIGNAL**2) & (alphas < 1)
+            self._t = np.arange(len(alphas), dtype=np.float64)[kept]
+            self._sigma = np.sqrt((1 - alphas[kept]) / alphas[kept])
+        else:
+            raise ValueError(
+                "`scheduler` must have `alphas_cumprod`, or be one of flow matching or of EDM, got "
+                f"{type(scheduler).__name__}."
+            )
+
+    @property
+    def levels(self) -> Levels:
+        """The scheduler's own levels by rising sigma, without those of a < 0.001."""
+        return self.at(torch.from_numpy(self._sigma))
+
+    def at(self, sigma: float | torch.Tensor) -> Levels:
+        """Returns the levels of some sigmas.
+
+        Between timesteps ln sigma is taken as linear in t, on flow schedules t as proportional to sigma / (1 + sigma).
+
+        Raises:
+            ValueError: a sigma is outside the scheduler's levels.
+        """
+        sigma = torch.as_tensor(sigma, dtype=torch.float64, device="cpu")
+        low, high = float(self._sigma[0]), float(self._sigma[-1])
+        outside = sigma[~((sigma >= low * (1 - 1e-6)) & (sigma <= high * (1 + 1e-6)))]
+        if outside.numel():
+            raise ValueError(
+                f"`sigma` must be within the scheduler's levels, {low:.4g} to {high:.4g}, got {float(outside[0]):.4g}."
+            )
+        if self.kind == "flow":
+            a = 1 / (1 + sigma)
+            t = self.length * sigma * a
+        else:
+            a = (sigma.square() + self.sigma_data**2).rsqrt()
+            t = torch.as_tensor(np.interp(sigma.log().numpy(), np.log(self._sigma), self._t))
+        return Levels(t, a, a * sigma, sigma)
+
+    def eps(self, output: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Turns a network's output at x into its estimate of the noise; a and b broadcast to x."""
+        if self.kind == "edm":  # of whichever type, the output is added to a share of the input
+            variance, sign = (b / a).square() + self.sigma_data**2, -1 if self.prediction_type == "v_prediction" else 1
+            skip = self.sigma_data**2 / variance
+            clean = skip * x / a + sign * (b / a) * self.sigma_data / variance.sqrt() * output
+            return (x - a * clean) / b
+        if self.prediction_type == "epsilon":
+            return output
+        if self.prediction_type == "sample":
+            return (x - a * output) / b
+        return x + a * output if self.kind == "flow" else a * output + b * x
+
+
+def _flow_times(scheduler: Any, length: int) -> np.ndarray:
+    """Returns the rising noise levels s of a flow schedule, shifted as in training, below 1 - `LEAST_SIGNAL`."""
+    config = scheduler.config
+    s = np.arange(1, length + 1) / length
+    shift = 1.0 if config.get("use_dynamic_shifting") else config.get("shift", config.get("flow_shift", 1.0))
+    s = shift * s / (1 + (shift - 1) * s)
+    return s[1 - s >= LEAST_SIGNAL]
