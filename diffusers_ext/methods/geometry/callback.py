@@ -55,6 +55,13 @@ class SteinResidualCallback(Callback):
         self.num_draws, self.batch_size = num_draws, batch_size
         self.residual: SteinResidual | None = None
 
+    def on_start(self, trainer: Run) -> None:
+        """Cuts what lies after the checkpoint that the run goes on from."""
+        path = Path(trainer.config.output_dir) / "stein_residual.jsonl"
+        if trainer.accelerator.is_main_process and path.is_file():
+            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= trainer.step]
+            path.write_text("".join(line + "\n" for line in lines))
+
     def on_step_end(self, trainer: Run) -> None:
         """Measures every `every` updates, on the main process."""
         if trainer.step % self.every:

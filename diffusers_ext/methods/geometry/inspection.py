@@ -128,8 +128,8 @@ def _load(config: InspectConfig) -> tuple[ScoreField, torch.Tensor, float]:
         pixels = torch.stack([item["pixel_values"] for item in data])
         x = torch.cat([denoiser.encode_images(part) for part in pixels.split(config.batch_size)])
         return field_, x, 2 / 256
-    own = unet is not None and not hasattr(pipe, "tokenizer")
-    require(own, "prompt", config.prompt, f"given for {type(pipe).__name__}")
+    if unet is None or hasattr(pipe, "tokenizer"):
+        raise ValueError(f"`prompt` must be given for {type(pipe).__name__}, got None.")
     vae = getattr(pipe, "vae", None)
     channels = unet.config.in_channels if vae is None else vae.config.in_channels
     data = _images(config, size or unet.config.sample_size * latent_factor(vae), channels)
