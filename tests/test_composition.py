@@ -28,6 +28,7 @@ from diffusers_ext import (
     OMSConfig,
     OMSPipeline,
     OMSRecipe,
+    ScoreField,
     SDAClassifierConfig,
     SDATTAPipeline,
     StableDiffusionNoiseDiffusionPipeline,
@@ -318,6 +319,23 @@ def _(models, capsys):
 )
 def _(models, capsys):
     ends_return(NoiseDiffusionPipeline.from_pipe(load(models, "immiscible")), IMAGES)
+
+
+@row(
+    ("geometry", "immiscible"),
+    "Geometry of an immiscibly trained model",
+    "works",
+    "`ScoreField.from_pipeline` reads its field as it is; trained on paired noise it is no score, so no likelihood.",
+)
+def _(models, capsys):
+    base = load(models, "immiscible")
+    field, x = ScoreField.from_pipeline(base), torch.randn(2, 1, 8, 8, generator=seeded(3))
+    level = len(field.levels.sigma) // 2
+    with torch.no_grad():
+        found = field.eps(x, field.levels.sigma[level].item())
+        torch.testing.assert_close(found, base.unet(x, field.levels.t[level]).sample, atol=1e-5, rtol=0)
+        same = ScoreField.from_pipeline(NoiseDiffusionPipeline.from_pipe(base))
+        torch.testing.assert_close(same.eps(x, field.levels.sigma[level].item()), found, atol=1e-6, rtol=0)
 
 
 @row(

@@ -204,7 +204,7 @@ def check_command(words):
         )
     elif "diffusers-ext" in words:
         command, *arguments = words[words.index("diffusers-ext") + 1 :]
-        if command in ("demo", "info", "asset", "config"):
+        if command in ("app", "asset", "config", "demo", "info"):
             return
         if command == "inspect":
             diffusers_ext.parse_config(diffusers_ext.InspectConfig, ["--repo", *arguments])
