@@ -142,21 +142,24 @@ def _ks_distance(ordered: np.ndarray) -> np.ndarray:
 
 
 def _neighbour_correlation(centred: np.ndarray, squares: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """Returns the mean over both axes; `squares` are the sums of squares of `centred`, whose mean is near 0."""
-    found, whole = [], _total(centred)
+    """Returns the mean over both axes; `squares` are the sums of squares of `centred`, whose mean is 0."""
+    found = []
     for axis in (-1, -2):
         if centred.ndim < 3 or centred.shape[axis] < 2:
             continue
-        along = [(...,) + (cut,) + (slice(None),) * (-1 - axis) for cut in (0, -1, slice(None, -1), slice(1, None))]
-        first, last = centred[along[0]], centred[along[1]]
-        products = centred[along[2]] * centred[along[3]]
-        count = products[0].size
-        # Either neighbour is all but one line.
-        sums = [(whole - _total(line), squares - _total(np.square(line))) for line in (last, first)]
-        product = _total(products) / count - sums[0][0] * sums[1][0] / count**2
-        scale = np.prod([square / count - (total / count) ** 2 for total, square in sums], axis=0)
+        cuts = (slice(0, -1), slice(1, None), slice(0, 1), slice(-1, None))
+        a, b, first, last = (centred[(..., cut) + (slice(None),) * (-1 - axis)] for cut in cuts)
+        count = a[0].size
+        # Either neighbour is all but one line: its sums are those of all without the line's.
+        mean_a, mean_b = (-_total(line) / count for line in (last, first))
+        variance_a, variance_b = (
+            (squares - _total(line * line)) / count - mean**2 for line, mean in ((last, mean_a), (first, mean_b))
+        )
+        scale = variance_a * variance_b
         there = spread & (scale > 0)
-        found.append(np.where(there, product / np.sqrt(np.where(there, scale, 1)), 0.0))
+        found.append(
+            np.where(there, (_total(a * b) / count - mean_a * mean_b) / np.sqrt(np.where(there, scale, 1)), 0.0)
+        )
     return np.mean(found, axis=0) if found else np.full(len(centred), np.nan)
 
 
