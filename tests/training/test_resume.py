@@ -57,7 +57,7 @@ def test_kill_during_a_save_leaves_the_previous_checkpoint(data, tmp_path, unint
         save, calls = torch.save, []
         def dying_save(state, path):
             calls.append(path)
-            if "12" in str(path):
+            if "checkpoint-12" in str(path):
                 os.kill(os.getpid(), signal.SIGKILL)
             save(state, path)
         checkpoint.torch.save = dying_save
