@@ -19,7 +19,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from benchmarks.harness import figure, write_result
-from diffusers_ext import PipelineDenoiser
+from diffusers_ext import PipelineDenoiser, PipelineNoiseDiffusion
 from tests.tiny_pipelines import FAMILIES, dit, seeded
 
 from . import tiny_images, tiny_videos
@@ -54,12 +54,14 @@ COLUMNS = {
     "timesteps": "timesteps a call",
     "images": "images to latents",
     "lora": "LoRA in the stock pipeline",
+    "noise_diffusion": "NoiseDiffusion",
 }
 SAYS = {
     r"text_to_image_classes": (
         "{:.0f} text-to-image pipelines of Diffusers become denoisers, equal to their stock calls."
     ),
     r"share_of_built": "They are {:.0%} of those whose components could be built here.",
+    r"noise_diffusion_classes": "NoiseDiffusion returns to both images at its ends with {:.0f} of them.",
     r"text_to_video_classes": "{:.0f} text-to-video pipelines do, too.",
 }
 
@@ -94,6 +96,20 @@ def lora(make, denoiser, x, conditions, arguments):
     return "equal" if torch.equal(loaded, wanted) else f"off by {(loaded - wanted).abs().max():.1g}"
 
 
+def ends(denoiser, prompts, arguments):
+    """Inverts two images and draws both again as the ends of NoiseDiffusion's frames."""
+    height, width = denoiser.decode(torch.zeros(denoiser.latents_shape(1))).shape[-2:]
+    images = list(torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)))
+    call = {key: value for key, value in arguments.items() if key not in ("height", "width")}
+    settings = {"num_inference_steps": 100, "strength": 0.03, "fixed_point_iterations": 8, "boundary": None}
+    found = PipelineNoiseDiffusion(denoiser.pipe)(
+        *images, *prompts, weights=[0.0, 1.0], injection=1.0, output_type="latent", **settings, **call
+    ).images
+    clean = denoiser.encode_images(torch.stack(images) * 2 - 1)
+    error = (found - clean).abs().max() / clean.abs().max()
+    return "yes" if error < 0.01 else f"ends off by {error:.1g}"
+
+
 def tried(name, make, arguments):
     """Returns a row: what works, or why not."""
     row = dict.fromkeys(COLUMNS, "")
@@ -116,6 +132,10 @@ def tried(name, make, arguments):
         row["images"] = "yes" if again.shape == images.shape else "another shape"
     except Exception as error:  # noqa: BLE001
         row["images"] = f"no: {reason(error)}"
+    try:
+        row["noise_diffusion"] = ends(denoiser, prompts, arguments)
+    except Exception as error:  # noqa: BLE001
+        row["noise_diffusion"] = f"no: {reason(error)}"
     try:
         row["lora"] = lora(make, denoiser, x.detach(), conditions, arguments)
     except Exception as error:  # noqa: BLE001
@@ -148,6 +168,9 @@ def main():
     figures = {
         "text_to_image_classes": figure(len(works & set(IMAGES)), "classes", goal=">= 30"),
         "share_of_built": figure(len(works & set(IMAGES)) / len(IMAGES), "ratio", goal=">= 0.9"),
+        "noise_diffusion_classes": figure(
+            sum(rows[n]["noise_diffusion"] == "yes" for n in works & set(IMAGES)), "classes"
+        ),
         "text_to_video_classes": figure(
             len({name.split(",")[0] for name in works & set(tiny_videos.BUILDERS)}), "classes"
         ),

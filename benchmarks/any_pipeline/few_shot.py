@@ -42,7 +42,7 @@ from diffusers_ext import (
     intra_cluster_distance,
 )
 
-PROMPT, CLASS_PROMPT = "ink", ""  # a word that the models have not met; without a prompt they draw any digit
+PROMPT, CLASS_PROMPT = "ink", "a handwritten"  # a word that the models have not met; what all captions begin with
 GUIDANCE = 1.5
 WAYS = {
     "LoRA 100": ("captions", 100),
