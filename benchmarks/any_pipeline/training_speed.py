@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from datasets import load_dataset
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from PIL import Image
@@ -161,6 +163,8 @@ def one_process(way, folder):
         arguments = config(folder, folder / f"memory-{way}", way == "cached", 2)
         Trainer(arguments, TextToImageRecipe(arguments)).train()
     else:
+        Accelerator()
+        load_dataset("imagefolder", data_dir=str(folder / "images"), cache_dir=str(folder / "data"))
         pipe = StableDiffusionPipeline.from_pretrained(folder / "pipeline", local_files_only=True)
         vae, text_encoder, unet = (m.requires_grad_(False) for m in (pipe.vae, pipe.text_encoder, pipe.unet))
         unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
