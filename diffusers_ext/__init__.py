@@ -105,7 +105,7 @@ _PUBLIC = {
     "training.engine": ["TrainResult", "Trainer"],
     "training.images": ["ImageConfig"],
     "training.noise": ["GaussianNoise", "NoiseStrategy"],
-    "training.objectives": ["EpsX0V", "FlowMatching"],
+    "training.objectives": ["EDM", "EpsX0V", "FlowMatching"],
     "training.recipe": ["Modules", "Recipe", "Sample", "StepOutput"],
     "training.text_arguments": ["TextToImageConfig"],
     "training.text_to_image": ["TextToImageRecipe"],

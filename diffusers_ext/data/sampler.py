@@ -109,6 +109,8 @@ class PositionalBatchSampler(Sampler[list[tuple[int, int]]]):
 class SeededDataset(Dataset[Any]):
     """Reads item `(epoch, index)` with a generator of its own, so that augmentation does not depend on who reads it.
 
+    An item that is a dict also gets its `index` in the data set, which stays the same in every epoch.
+
     Args:
         dataset: offers `get(index, generator)`, as `load_images` returns it.
         seed: the run's seed.
@@ -125,7 +127,8 @@ class SeededDataset(Dataset[Any]):
         """Returns the item with the augmentation of its epoch."""
         epoch, index = position
         generator = torch.Generator().manual_seed(mix(self.seed, SAMPLE, epoch, index))
-        return self.dataset.get(index, generator)
+        item = self.dataset.get(index, generator)
+        return {**item, "index": index} if isinstance(item, dict) else item
 
 
 class StreamingBatches(IterableDataset[Any]):

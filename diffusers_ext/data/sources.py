@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ import torch
 from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
+from .arrays import ArrayRows, read_arrays
+from .exact import check_noise_levels, check_value_range, exact_pixels, opened
 from .folder import open_folder
-from .reading import eight_bits, pixels_of, unit_range
+from .reading import eight_bits, pixels_of
 
 __all__ = ["ImageDataset", "ImageStream", "load_images"]
 
@@ -35,11 +36,14 @@ class _Images:
         image_column: str,
         label_column: str | None,
         caption_column: str | None,
+        sigma_column: str | None,
         class_names: list[str] | None,
         resolution: int,
         center_crop: bool,
         random_flip: bool,
         channels: int,
+        exact: bool,
+        value_range: tuple[float, float] | None,
         description: str,
         fingerprint: str | None,
     ) -> None:
@@ -47,14 +51,15 @@ class _Images:
             ("image_column", image_column),
             ("label_column", label_column),
             ("caption_column", caption_column),
+            ("sigma_column", sigma_column),
         ):
             if column is not None and column not in column_names:
                 raise ValueError(f"`{argument}` must be one of the columns {column_names}, got {column!r}.")
         self.column_names, self.image_column = column_names, image_column
-        self.label_column, self.caption_column = label_column, caption_column
+        self.label_column, self.caption_column, self.sigma_column = label_column, caption_column, sigma_column
         self.class_names, self.description, self.fingerprint = class_names, description, fingerprint
         self.resolution, self.center_crop, self.random_flip = resolution, center_crop, random_flip
-        self.channels = channels
+        self.channels, self.exact, self.value_range = channels, exact, value_range
 
     @property
     def num_classes(self) -> int:
@@ -73,15 +78,23 @@ class _Images:
         return image.resize(covering, Image.Resampling.LANCZOS)
 
     def _pixels(self, row: dict[str, Any], name: str, size: tuple[int, int]) -> np.ndarray:
-        """Decodes a row's image to `(height, width, channels)` uint8, which covers a size just."""
+        """Decodes a row's image to `(height, width, channels)`: uint8 that covers a size just, or exact float32."""
         try:
-            pixels = np.asarray(self._resized(_decoded(row[self.image_column]), size))
+            if self.exact:
+                pixels = exact_pixels(opened(row[self.image_column]), self.channels, self.value_range)
+            else:
+                pixels = np.asarray(self._resized(_decoded(row[self.image_column]), size))
         except Exception as error:  # Pillow raises many kinds
             raise ValueError(f"image {name} cannot be read: {error}") from error
+        if pixels.shape[0] < size[0] or pixels.shape[1] < size[1]:
+            raise ValueError(
+                f"`resolution` must be at most the size of every image, none of which is resized with `exact`, got "
+                f"{size[1]}x{size[0]} with image {name} of {pixels.shape[1]}x{pixels.shape[0]}."
+            )
         return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
     def _augmented(self, pixels: np.ndarray, generator: torch.Generator | None, size: tuple[int, int]) -> torch.Tensor:
-        """Crops and flips `(height, width, channels)` uint8 pixels and scales them to [-1, 1]."""
+        """Crops and flips `(height, width, channels)` pixels and scales uint8 to [-1, 1]."""
         free = [side - wanted for side, wanted in zip(pixels.shape[:2], size, strict=True)]
         if self.center_crop:
             top, left = free[0] // 2, free[1] // 2
@@ -91,7 +104,7 @@ class _Images:
         if self.random_flip and torch.rand(1, generator=generator) < 0.5:
             pixels = pixels[:, ::-1]
         tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-        return tensor.float().div_(127.5).sub_(1.0)
+        return tensor if tensor.is_floating_point() else tensor.float().div_(127.5).sub_(1.0)
 
     def _item(
         self, pixels: np.ndarray, row: dict[str, Any], generator: torch.Generator | None, size: tuple[int, int]
@@ -101,6 +114,9 @@ class _Images:
             item["label"] = int(row[self.label_column])
         if self.caption_column is not None:
             item["caption"] = row[self.caption_column] or ""
+        if self.sigma_column is not None:
+            check_noise_levels([row[self.sigma_column]], self.sigma_column, 1)
+            item["sigma"] = torch.tensor(float(row[self.sigma_column]))
         return item
 
 
@@ -157,8 +173,8 @@ class ImageDataset(_Images):
             generator: source of the random crop and flip, by default torch's global one.
 
         Returns:
-            `pixel_values` `(channels, resolution, resolution)` in `[-1, 1]`, `label` (int) and `caption` (str) where
-            the data has them.
+            `pixel_values` `(channels, resolution, resolution)` in `[-1, 1]` (exact ones may lie outside), and `label`
+            (int), `caption` (str) and `sigma` (float32 scalar) where the data has them.
 
         Raises:
             ValueError: the image cannot be decoded.
@@ -167,7 +183,8 @@ class ImageDataset(_Images):
         if index not in self._cache:
             row = self._rows[index]
             pixels = self._pixels(row, _name(row[self.image_column], str(index)), size)
-            kept = {column: row[column] for column in (self.label_column, self.caption_column) if column is not None}
+            read = (self.label_column, self.caption_column, self.sigma_column)
+            kept = {column: row[column] for column in read if column is not None}
             if self._cached_bytes + pixels.nbytes > CACHE_BYTES:
                 return self._item(pixels, kept, generator, size)
             self._cache[index] = pixels, kept
@@ -197,10 +214,19 @@ class ImageDataset(_Images):
             return [""] * len(self)
         return [caption or "" for caption in self._rows[self.caption_column]]
 
+    def noise_levels(self) -> np.ndarray | None:
+        """Returns the noise levels of all images, `(n,)` float64, or `None` where no column tells them."""
+        if self.sigma_column is None:
+            return None
+        rows = self._rows
+        column = rows.columns[self.sigma_column] if isinstance(rows, ArrayRows) else rows[self.sigma_column][:]
+        return np.asarray(column, np.float64)
+
     def verify(self) -> None:
         """Checks every image's file as far as Pillow can without decoding it.
 
-        That finds what is missing, no image, or a damaged PNG; a JPEG that ends early shows when it is decoded.
+        That finds what is missing, no image, too small for `exact`, or a damaged PNG; a JPEG that ends early shows
+        when it is decoded.
 
         Raises:
             ValueError: some are bad; all of them are named.
@@ -209,12 +235,17 @@ class ImageDataset(_Images):
         for index in tqdm(range(len(self)), desc="checking images", unit="image", delay=2):
             value = self._rows[index][self.image_column]
             if isinstance(value, np.ndarray):
-                return  # arrays were checked as a whole
+                self.get(0)  # arrays were checked as a whole, and are of one kind
+                return
             try:
                 if value is None:
                     raise ValueError("the row has none")
                 source = value["path"] if value.get("bytes") is None else io.BytesIO(value["bytes"])
                 with Image.open(source) as image:
+                    if self.exact and min(image.size) < self.resolution:
+                        raise ValueError(
+                            f"{image.width}x{image.height} is below the resolution, and it is not resized"
+                        )
                     image.verify()
             except Exception as error:  # Pillow raises many kinds
                 bad.append(f"{_name(value, str(index))} ({error})")
@@ -249,19 +280,6 @@ class ImageStream(_Images):
         return self._item(self._pixels(row, name, size), row, generator, size)
 
 
-class _Arrays:
-    """Rows of arrays in memory, looked up like those of `datasets`."""
-
-    def __init__(self, columns: dict[str, np.ndarray]) -> None:
-        self.columns = columns
-
-    def __len__(self) -> int:
-        return len(self.columns["image"])
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {name: values[index] for name, values in self.columns.items()}
-
-
 def load_images(
     dataset_name: str | None = None,
     *,
@@ -271,10 +289,13 @@ def load_images(
     image_column: str = "image",
     label_column: str | None = None,
     caption_column: str | None = None,
+    sigma_column: str | None = None,
     resolution: int = 64,
     center_crop: bool = False,
     random_flip: bool = False,
     channels: int = 3,
+    exact: bool = False,
+    value_range: tuple[float, float] | None = None,
     streaming: bool = False,
     max_train_samples: int | None = None,
     require_captions: bool = False,
@@ -294,10 +315,17 @@ def load_images(
         label_column: column of class labels; by default `label` or `labels` where the data declares it as classes.
         caption_column: column of captions, one string an image. Where there is none it is the empty text; how many
             these are is logged.
+        sigma_column: column of noise levels, one number >= 0 an image, 0 for a clean one; in a NumPy file an array of
+            this name. It comes with each sample as it is: a level in the units of `pixel_values`.
         resolution: the shorter side is resized to it, then a square is cropped.
         center_crop: crop the centre; by default a random place.
         random_flip: mirror half of the images.
         channels: 1 for grey, 3 for colour; images are converted, transparency is put on white.
+        exact: for measured, noisy images: their values are shifted and scaled as a whole, and neither rounded,
+            clipped, converted nor resized. Larger images are cropped, smaller ones refused. Floating-point TIFF and
+            floats in a NumPy file may lie outside of the range.
+        value_range: with `exact`, the two values in the files that become -1 and 1; by default 0 and the largest of
+            uint8 or uint16, and 0 and 1 for floats.
         streaming: read in order instead of by index.
         max_train_samples: use only the first so many.
         require_captions: refuse images without a caption, and images of a folder that its metadata leaves out, instead
@@ -327,6 +355,10 @@ def load_images(
         raise ValueError(f"`channels` must be 1 or 3, got {channels!r}.")
     if max_train_samples is not None and (not isinstance(max_train_samples, int) or max_train_samples < 1):
         raise ValueError(f"`max_train_samples` must be an integer >= 1 or left out, got {max_train_samples!r}.")
+    if value_range is not None:
+        check_value_range(value_range)
+        if not exact:
+            raise ValueError(f"`value_range` must be left out without `exact`, got {value_range!r}.")
     if require_captions and caption_column is None:
         raise ValueError("`require_captions` must be False where no captions are read: `caption_column` is left out.")
     path, said = Path(train_data_dir) if train_data_dir is not None else None, ""
@@ -335,16 +367,19 @@ def load_images(
     options: dict[str, Any] = {
         "image_column": image_column,
         "caption_column": caption_column,
+        "sigma_column": sigma_column,
         "resolution": resolution,
         "center_crop": center_crop,
         "random_flip": random_flip,
         "channels": channels,
+        "exact": exact,
+        "value_range": value_range,
     }
     if path is not None and path.suffix in (".npz", ".npy"):
         if streaming:
             raise ValueError(f"`streaming` must be False for a NumPy file, got True with {train_data_dir!r}.")
-        columns = _arrays(path)
-        rows: Any = _Arrays({k: v[:max_train_samples] for k, v in columns.items()})
+        columns = read_arrays(path, exact, sigma_column)
+        rows: Any = ArrayRows({k: v[:max_train_samples] for k, v in columns.items()})
         names, classes = list(columns), None
         if "label" in columns:
             label_column = label_column or "label"
@@ -354,11 +389,15 @@ def load_images(
     else:
         rows, said = _read(dataset_name, path, dataset_config_name, split, streaming, require_captions)
         rows, names, label_column, classes = _columns(rows, image_column, label_column, caption_column)
+        if sigma_column in names and not streaming:
+            check_noise_levels(rows[sigma_column][:], str(sigma_column), len(rows))
         if max_train_samples is not None:
             rows = rows.take(max_train_samples) if streaming else rows.select(range(min(max_train_samples, len(rows))))
         if caption_column in names and not streaming:
             said += _uncaptioned(rows, caption_column, require_captions)
         fingerprint = None if streaming else f"{rows._fingerprint} {image_column} {label_column} {caption_column}"
+    if fingerprint is not None and (exact or sigma_column is not None):
+        fingerprint += f" {sigma_column} {exact} {value_range}"
     if not streaming and len(rows) == 0:
         raise ValueError(f"`split` must hold images, got {split!r} of {dataset_name or train_data_dir!r} with none.")
     count = "a stream of" if streaming else f"{len(rows):,}"
@@ -370,38 +409,6 @@ def load_images(
         "description": f"{count} images from {dataset_name or (path.name if path else '')}{said}",
     }
     return ImageStream(rows, require_captions, **options) if streaming else ImageDataset(rows, **options)
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        arrays = {"images": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"`train_data_dir` must be a NumPy file of plain arrays (no pickled objects), got {str(path)!r}."
-        ) from error
-    if "images" not in arrays:
-        raise ValueError(f"`train_data_dir` must hold an array 'images', got {str(path)!r} with {sorted(arrays)}.")
-    images = arrays["images"]
-    if images.ndim not in (3, 4) or len(images) == 0 or (images.ndim == 4 and images.shape[3] not in (1, 3, 4)):
-        raise ValueError(
-            "`images` must have the shape (n, height, width) or (n, height, width, 1, 3 or 4) with n >= 1, got "
-            f"{images.shape}."
-        )
-    if images.dtype.kind not in "fiub":
-        raise ValueError(f"`images` must hold uint8 or floats (or uint16, or bool), got {images.dtype}.")
-    if images.dtype != np.uint8:
-        images = unit_range(torch.from_numpy(images.astype(images.dtype.newbyteorder("="))), "images").numpy()
-        images = eight_bits(images)
-    columns = {"image": images.squeeze(-1) if images.shape[-1] == 1 and images.ndim == 4 else images}
-    if "labels" in arrays:
-        labels = arrays["labels"]
-        if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0:
-            raise ValueError(
-                f"`labels` must be {len(images)} integers >= 0, got {labels.dtype} of shape {labels.shape}."
-            )
-        columns["label"] = labels
-    return columns
 
 
 def _read(

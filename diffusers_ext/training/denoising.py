@@ -13,6 +13,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
@@ -27,10 +28,10 @@ from .conservativity import predict_with_asymmetry
 from .images import image_dataset
 from .networks import make_network, sized_unet
 from .noise import NoiseConfig, NoiseStrategy, offset_noise
-from .objectives import EpsX0V, FlowMatching, Objective
-from .pretrained import check_inference_steps, converted, load_denoiser, loaded
+from .objectives import EDM, EpsX0V, FlowMatching, Objective
+from .pretrained import EDM_KINDS, check_inference_steps, converted, load_denoiser, loaded
 from .recipe import Context, Modules, Recipe, Sample, StepOutput
-from .timesteps import LogitNormalTimesteps, Timesteps, UniformTimesteps
+from .timesteps import LogitNormalTimesteps, LogNormalLevels, Timesteps, UniformTimesteps
 
 __all__ = ["DenoisingConfig", "DenoisingRecipe"]
 
@@ -54,8 +55,9 @@ class DenoisingConfig(NoiseConfig):
     vae: str | None = described("`AutoencoderKL` repo or folder: train in its latent space.", group="model")
     class_conditional: bool = described("Train on class labels.", False)
     label_dropout: float = described("Probability of training a sample without its label, for guidance.", 0.1)
-    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"] | None = described(
-        "What the network predicts; by default epsilon, or what the pretrained model predicts."
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow", "edm"] | None = described(
+        "What the network predicts, edm: the clean sample, preconditioned; by default epsilon, or what the pretrained "
+        "model predicts."
     )
     num_train_timesteps: int = described("Length of the noise schedule.", 1000)
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = described("Noise schedule.", "linear")
@@ -63,6 +65,9 @@ class DenoisingConfig(NoiseConfig):
     beta_end: float = described("Its last beta (Stable Diffusion: 0.012).", 0.02)
     rescale_betas_zero_snr: bool = described("Rescale the schedule to end in pure noise; needs v_prediction.", False)
     timestep_sampling: Literal["uniform", "logit_normal"] = described("Noise levels of flow matching.", "uniform")
+    sigma_data: float = described("edm from scratch: standard deviation of the data.", 0.5)
+    p_mean: float = described("edm: mean of the logarithm of the noise levels.", -1.2)
+    p_std: float = described("edm: its standard deviation.", 1.2)
     snr_gamma: float | None = described("Min-SNR weighting with this bound (5 is usual); by default none.")
     conservativity_weight: float = described("Weight of a penalty on asymmetric Jacobians; 0 leaves it out.", 0.0)
     validation_inference_steps: int = described("Sampling steps of validation pictures.", 50)
@@ -87,8 +92,13 @@ class DenoisingConfig(NoiseConfig):
             require(
                 self.prediction_type in ("v_prediction", "sample"), "prediction_type", self.prediction_type, accepted
             )
-        if self.prediction_type == "flow" and self.snr_gamma is not None:
-            raise ValueError("`snr_gamma` must be left out with `prediction_type='flow'`: it has no such weighting.")
+        for name in ("sigma_data", "p_std"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "a number > 0")
+        if self.prediction_type in ("flow", "edm") and self.snr_gamma is not None:
+            kind = self.prediction_type
+            raise ValueError(
+                f"`snr_gamma` must be left out with `prediction_type={kind!r}`: it has no such weighting."
+            )
         if self.timestep_sampling != "uniform" and self.prediction_type not in ("flow", None):
             raise ValueError(
                 "`timestep_sampling` must be 'uniform' unless `prediction_type` is 'flow', got "
@@ -144,6 +154,9 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
             self.objective = FlowMatching(schedule.num_train_timesteps)
             logit_normal = config.timestep_sampling == "logit_normal"
             self.timesteps = LogitNormalTimesteps() if logit_normal else UniformTimesteps(None)
+        elif isinstance(scheduler, EDM_KINDS):
+            self.objective = EDM(schedule.sigma_data, -1 if schedule.prediction_type == "v_prediction" else 1)
+            self.timesteps = LogNormalLevels(config.p_mean, config.p_std)
         else:
             length = schedule.num_train_timesteps
             weighting = "none" if config.snr_gamma is None else "min_snr"
@@ -154,16 +167,17 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
         return Modules(unet, scheduler, {} if vae is None else {"vae": vae})
 
     def _pretrained(self, name: str) -> tuple[Any, Any, Any]:
-        denoiser = load_denoiser(name)
+        denoiser = load_denoiser(name, edm=True)
         unet, scheduler = denoiser.unet, denoiser.scheduler
-        flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
-        found = "flow" if flow else scheduler.config.prediction_type
+        flow, edm = isinstance(scheduler, FlowMatchEulerDiscreteScheduler), isinstance(scheduler, EDM_KINDS)
+        found = "flow" if flow else "edm" if edm else scheduler.config.prediction_type
         asked, rescaled = self.config.prediction_type, self.config.rescale_betas_zero_snr
         if not rescaled:  # which is another objective on purpose
             accepted = f"{found!r}, as {name!r} was trained, or left out"
             require(asked in (None, found), "prediction_type", asked, accepted)
-        elif flow:
-            raise ValueError(f"`rescale_betas_zero_snr` must be False for {name!r}: flow matching has no betas.")
+        elif flow or edm:
+            kind = "flow matching" if flow else "EDM"
+            raise ValueError(f"`rescale_betas_zero_snr` must be False for {name!r}: {kind} has no betas.")
         scale = denoiser.image_scale
         require(self.image_scale in (1.0, scale), "image_scale", self.image_scale, f"{scale}, as {name!r} was trained")
         self.image_scale = scale
@@ -174,7 +188,7 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
         if rescaled:
             changed = {"prediction_type": asked, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
             scheduler = converted(DDIMScheduler, scheduler, **changed, clip_sample=False)
-        elif not flow and not isinstance(scheduler, DDIMScheduler):
+        elif not flow and not edm and not isinstance(scheduler, DDIMScheduler):
             scheduler = converted(DDIMScheduler, scheduler)
         return unet, scheduler, denoiser.vae
 
@@ -194,6 +208,8 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
         config = self.config
         if config.prediction_type == "flow":
             return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps)
+        if config.prediction_type == "edm":
+            return EDMEulerScheduler(sigma_data=config.sigma_data)
         return DDIMScheduler(
             num_train_timesteps=config.num_train_timesteps,
             beta_schedule=config.beta_schedule,
@@ -301,9 +317,10 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
         config = self.config
         objective = self.objective
         names = {"epsilon": "the noise", "v_prediction": "v", "sample": "the clean image"}
-        kind = names[objective.prediction_type] if isinstance(objective, EpsX0V) else "the flow's velocity"
+        kind = "the flow's velocity" if isinstance(objective, FlowMatching) else "EDM's preconditioned image"
+        kind = names[objective.prediction_type] if isinstance(objective, EpsX0V) else kind
         return RepoCard(
-            method="Image diffusion" if isinstance(objective, EpsX0V) else "Image flow matching",
+            method="Image flow matching" if isinstance(objective, FlowMatching) else "Image diffusion",
             description=f"Generates images of {config.resolution}x{config.resolution} pixels. Its UNet predicts "
             f"{kind} and was trained with {config.noise} noise.",
             data=self.data.description,

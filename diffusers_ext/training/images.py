@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from diffusers_ext.data.exact import check_value_range
 from diffusers_ext.data.sources import load_images
 
 from .config import TrainConfig, described, require
 
-__all__ = ["ImageConfig", "image_dataset"]
+__all__ = ["ExactImageArguments", "ImageConfig", "image_dataset"]
 
 _data = partial(described, group="data")
 
@@ -56,29 +57,60 @@ class ImageConfig(TrainConfig):
         require(self.resolution >= 1, "resolution", self.resolution, "an integer >= 1")
 
 
-def image_dataset(config: ImageConfig, verify: bool, caption_column: str | None = None) -> Any:
+@dataclass
+class ExactImageArguments:
+    """Arguments of recipes that train on measured images, whose values and noise must stay as they are."""
+
+    sigma_column: str | None = _data(
+        "Column of each image's own noise level, 0 for a clean one, in units in which images lie in [-1, 1]."
+    )
+    value_range: str | None = _data(
+        "The two values in the files that become -1 and 1, such as '0,4095'; by default 0 and the largest of uint8 or "
+        "uint16, and 0 and 1 for floats. Values outside stay outside."
+    )
+
+    def exact_options(self) -> dict[str, Any]:
+        """Returns the arguments of `load_images` that these describe.
+
+        Raises:
+            ValueError: `value_range` is not two numbers, low < high.
+        """
+        bounds = None
+        if self.value_range is not None:
+            try:
+                low, high = (float(word) for word in self.value_range.split(","))
+            except ValueError as error:
+                accepted = "two numbers with a comma between them, low < high"
+                raise ValueError(f"`value_range` must be {accepted}, got {self.value_range!r}.") from error
+            bounds = low, high
+            check_value_range(bounds)
+        return {"exact": True, "value_range": bounds, "sigma_column": self.sigma_column}
+
+
+def image_dataset(config: ImageConfig, verify: bool, caption_column: str | None = None, **options: Any) -> Any:
     """Loads the images that the arguments describe; see `load_images`.
 
     Args:
         config: the arguments.
         verify: open every file beforehand, so that a bad one is found before training.
         caption_column: column of captions.
+        **options: further arguments of `load_images`, or others instead of the configuration's.
     """
-    data: Any = load_images(
-        config.dataset_name,
-        train_data_dir=config.train_data_dir,
-        dataset_config_name=config.dataset_config_name,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        caption_column=caption_column,
-        resolution=config.resolution,
-        center_crop=config.center_crop,
-        random_flip=config.random_flip,
-        channels=config.channels,
-        streaming=config.streaming,
-        max_train_samples=config.max_train_samples,
-        require_captions=config.require_captions,
-    )
+    arguments: dict[str, Any] = {
+        "train_data_dir": config.train_data_dir,
+        "dataset_config_name": config.dataset_config_name,
+        "image_column": config.image_column,
+        "label_column": config.label_column,
+        "caption_column": caption_column,
+        "resolution": config.resolution,
+        "center_crop": config.center_crop,
+        "random_flip": config.random_flip,
+        "channels": config.channels,
+        "streaming": config.streaming,
+        "max_train_samples": config.max_train_samples,
+        "require_captions": config.require_captions,
+    }
+    data: Any = load_images(config.dataset_name, **{**arguments, **options})
     if verify and not config.streaming:
         data.verify()
     return data

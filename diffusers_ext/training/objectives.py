@@ -6,6 +6,8 @@ With \(\bar\alpha_t\) the scheduler's `alphas_cumprod` and SNR \(= \bar\alpha_t 
   \(v = \sqrt{\bar\alpha_t} n - \sqrt{1 - \bar\alpha_t} x_0\).
 - `FlowMatching`: \(x_t = (1 - \sigma) x_0 + \sigma n\); the target is \(n - x_0\), the model's timestep
   \(1000 \sigma\).
+- `EDM`: \(x_t = x_0 + \sigma n\), which the network is given as \(c_{in} x_t\); the target is
+  \((x_0 - c_{skip} x_t) / c_{out}\), the model's timestep \(\ln(\sigma) / 4\).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.training_utils import compute_snr
 
-__all__ = ["EpsX0V", "FlowMatching", "Objective", "snr_weights"]
+__all__ = ["EDM", "EpsX0V", "FlowMatching", "Objective", "snr_weights"]
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 Weighting = Literal["none", "min_snr", "snr"]
@@ -177,3 +179,58 @@ class FlowMatching(Objective):
     def snr(self, t: torch.Tensor) -> torch.Tensor:
         """See `Objective.snr`: `((1 - sigma) / sigma)^2`."""
         return ((1 - t) / t).square()
+
+
+class EDM(Objective):
+    r"""The preconditioned clean sample of Karras et al. (arXiv 2206.00364, table 1), for any noise level.
+
+    With \(\sigma_d\) the standard deviation of the data, \(c_{in} = 1 / \sqrt{\sigma^2 + \sigma_d^2}\),
+    \(c_{skip} = \sigma_d^2 c_{in}^2\) and \(c_{out} = \sigma \sigma_d c_{in}\). The plain mean is their weighting,
+    \((\sigma^2 + \sigma_d^2) / (\sigma \sigma_d)^2\) of the clean sample's squared error.
+
+    Args:
+        sigma_data: standard deviation of the data.
+        sign: of the network's output; -1 for an `EDMEulerScheduler` that predicts v.
+
+    Raises:
+        ValueError: `sigma_data` is not a number > 0.
+
+    Example:
+        >>> import torch
+        >>> from diffusers_ext import EDM
+        >>> noisy, target = EDM().make(torch.ones(1, 1), torch.zeros(1, 1), t=torch.tensor([0.5]))
+        >>> noisy, target  # 1 / sqrt(0.5) and (1 - 0.5) * sqrt(0.5) / 0.25
+        (tensor([[1.4142]]), tensor([[1.4142]]))
+    """
+
+    def __init__(self, sigma_data: float = 0.5, sign: Literal[1, -1] = 1) -> None:
+        if not sigma_data > 0:
+            raise ValueError(f"`sigma_data` must be a number > 0, got {sigma_data!r}.")
+        self.sigma_data, self.sign = sigma_data, sign
+
+    def coefficients(self, sigma: torch.Tensor, ndim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns `c_in`, `c_skip` and `c_out`, shaped to multiply samples of `ndim` dimensions."""
+        sigma = sigma.view(-1, *[1] * (ndim - 1))
+        total = sigma**2 + self.sigma_data**2
+        return total.rsqrt(), self.sigma_data**2 / total, self.sign * sigma * self.sigma_data * total.rsqrt()
+
+    def make(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Objective.make`; `t` holds noise levels > 0, and the noisy samples are scaled by `c_in`."""
+        c_in = self.coefficients(t, x0.ndim)[0].to(x0.dtype)
+        # Not (x0 - c_skip x) / c_out, which divides small differences where there is little noise.
+        sigma = t.view(-1, *[1] * (x0.ndim - 1)).to(x0.dtype)
+        target = self.sign * (sigma * x0 - self.sigma_data**2 * noise) * c_in / self.sigma_data
+        return c_in * (x0 + sigma * noise), target
+
+    def model_timesteps(self, t: torch.Tensor) -> torch.Tensor:
+        """Returns `ln(sigma) / 4`."""
+        return t.log() / 4
+
+    def predicted_sample(self, prediction: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """See `Objective.predicted_sample`: `c_skip x + c_out F`, where `noisy` is `c_in x`."""
+        c_in, c_skip, c_out = (c.float() for c in self.coefficients(t, noisy.ndim))
+        return c_skip / c_in * noisy.float() + c_out * prediction.float()
+
+    def snr(self, t: torch.Tensor) -> torch.Tensor:
+        """See `Objective.snr`: `1 / sigma^2`."""
+        return t**-2

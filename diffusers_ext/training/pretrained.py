@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 
 from diffusers_ext.generation.latents import latent_factor
 from diffusers_ext.generation.stepping import set_timesteps
@@ -14,6 +21,7 @@ from diffusers_ext.generation.stepping import set_timesteps
 from .config import require
 
 __all__ = [
+    "EDM_KINDS",
     "Denoiser",
     "check_image_size",
     "check_inference_steps",
@@ -22,6 +30,8 @@ __all__ = [
     "load_denoiser",
     "loaded",
 ]
+
+EDM_KINDS = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)
 
 
 @dataclass
@@ -75,18 +85,19 @@ def check_image_size(unet: Any, vae: Any, resolution: int, channels: int) -> Non
     require(channels == expected, "channels", channels, f"{expected}, as the model takes")
 
 
-def check_schedule(scheduler: Any, name: str, flow: bool = True) -> None:
+def check_schedule(scheduler: Any, name: str, flow: bool = True, edm: bool = False) -> None:
     """Checks that a scheduler tells how its model was trained, in a way that this package trains.
 
     Args:
         scheduler: the model's.
         name: the model's, for the message.
         flow: whether flow matching is accepted.
+        edm: whether EDM's preconditioning is accepted.
 
     Raises:
         ValueError: it does not; the message names `pretrained_model_name_or_path`.
     """
-    if flow and isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if (flow and isinstance(scheduler, FlowMatchEulerDiscreteScheduler)) or (edm and isinstance(scheduler, EDM_KINDS)):
         return
     kind = scheduler.config.get("prediction_type") if hasattr(scheduler, "alphas_cumprod") else None
     kinds = ("epsilon", "sample", "v_prediction")
@@ -96,6 +107,7 @@ def check_schedule(scheduler: Any, name: str, flow: bool = True) -> None:
     )
     if kind not in kinds or blind:
         choice = " or a FlowMatchEulerDiscreteScheduler" if flow else ""
+        choice += " or one of EDM" if edm else ""
         found = f"prediction_type {kind!r}" + (" on a schedule that ends at zero SNR" if blind else "")
         raise ValueError(
             "`pretrained_model_name_or_path` must have a scheduler with a variance-preserving schedule of betas and "
@@ -144,12 +156,13 @@ def converted(kind: Any, scheduler: Any, **changes: Any) -> Any:
         return kind.from_config({**scheduler.config, **betas}, **changes)
 
 
-def load_denoiser(name: str, learned_variance: bool = False) -> Denoiser:
+def load_denoiser(name: str, learned_variance: bool = False, edm: bool = False) -> Denoiser:
     """Loads the parts of a pipeline with a `UNet2DModel`, of this package or of Diffusers.
 
     Args:
         name: Hub repo or folder.
         learned_variance: accept a network of pixels whose output has the variance behind the prediction.
+        edm: accept EDM's preconditioning.
 
     Raises:
         ValueError: it cannot be loaded, or is of another kind; the message names `pretrained_model_name_or_path`.
@@ -182,6 +195,6 @@ def load_denoiser(name: str, learned_variance: bool = False) -> Denoiser:
             f"{name!r} with `class_embed_type` {unet.config['class_embed_type']!r} and "
             f"{outputs} output channels for {inputs}."
         )
-    check_schedule(schedule, name)
+    check_schedule(schedule, name, edm=edm)
     settings = pipeline.config
     return Denoiser(unet, schedule, vae, scale, settings.get("null_class_label"), settings.get("tuned_timesteps"))

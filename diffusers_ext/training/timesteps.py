@@ -9,7 +9,7 @@ import torch
 
 from diffusers_ext.rng import StepRNG
 
-__all__ = ["LogitNormalTimesteps", "ShiftedNoiseLevels", "Timesteps", "UniformTimesteps"]
+__all__ = ["LogNormalLevels", "LogitNormalTimesteps", "ShiftedNoiseLevels", "Timesteps", "UniformTimesteps"]
 
 
 class Timesteps:
@@ -49,6 +49,29 @@ class LogitNormalTimesteps(Timesteps):
     ) -> torch.Tensor:
         """Returns `(n,)` float32 noise levels in `(0, 1)`."""
         return torch.sigmoid(rng.randn_like(torch.empty(n, device=device), ids, stream="timesteps"))
+
+
+class LogNormalLevels(Timesteps):
+    """Noise levels whose logarithm is normal, as EDM trains (arXiv 2206.00364, table 1).
+
+    Args:
+        mean: mean of the logarithm.
+        std: its standard deviation.
+
+    Raises:
+        ValueError: `std` is not a number > 0.
+    """
+
+    def __init__(self, mean: float = -1.2, std: float = 1.2) -> None:
+        if not std > 0:
+            raise ValueError(f"`std` must be a number > 0, got {std!r}.")
+        self.mean, self.std = mean, std
+
+    def __call__(
+        self, n: int, rng: StepRNG, ids: Sequence[int] | None = None, device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
+        """Returns `(n,)` float32 noise levels > 0."""
+        return torch.exp(self.mean + self.std * rng.randn_like(torch.empty(n, device=device), ids, stream="timesteps"))
 
 
 Density = Literal["uniform", "logit_normal", "mode"]

@@ -87,3 +87,32 @@ def test_items_do_not_depend_on_workers_nor_disturb_the_global_generator():
     second = {int(v): float(v) for v in read[0][12:]}
     assert first.keys() == second.keys()
     assert all(first[i] != second[i] for i in first)
+
+
+class Pictures:
+    """Items as a data set of images has them."""
+
+    def __len__(self):
+        return 12
+
+    def get(self, index, generator):
+        return {"pixel_values": torch.full((1,), float(index))}
+
+
+def test_a_batch_names_its_samples_in_every_epoch_worker_and_start():
+    def read(start=0, workers=0):
+        sampler = PositionalBatchSampler(12, 4, seed=1, start=start, total=6)
+        generator = torch.Generator()
+        return list(
+            DataLoader(SeededDataset(Pictures(), 3), batch_sampler=sampler, num_workers=workers, generator=generator)
+        )
+
+    whole = read()
+    for batch in whole:
+        assert batch["index"].dtype == torch.int64
+        assert batch["index"].tolist() == batch["pixel_values"][:, 0].tolist()
+    first, second = (torch.cat([b["index"] for b in whole[3 * e : 3 * e + 3]]).tolist() for e in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert first != second
+    for others in (read(workers=2), [*whole[:4], *read(start=4)]):
+        assert all(torch.equal(a["index"], b["index"]) for a, b in zip(whole, others, strict=True))

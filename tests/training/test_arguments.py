@@ -73,6 +73,9 @@ def test_refuses_unknown_names_with_the_nearest(tmp_path, capsys):
         ({"report_to": "excel"}, "`report_to` must be 'none' or a list from"),
         ({"push_to_hub": True}, "`hub_model_id` must be given"),
         ({"prediction_type": "flow", "snr_gamma": 5.0}, "`snr_gamma` must be left out"),
+        ({"prediction_type": "edm", "snr_gamma": 5.0}, "`snr_gamma` must be left out with `prediction_type='edm'`"),
+        ({"p_std": 0.0}, "`p_std` must be a number > 0, got 0.0"),
+        ({"sigma_data": -1.0}, "`sigma_data` must be a number > 0, got -1.0"),
         ({"prediction_type": "epsilon", "timestep_sampling": "logit_normal"}, "`timestep_sampling` must be 'uniform'"),
         ({"pretrained_model_name_or_path": "x"}, "`unet_config` must be left out"),
         ({"pretrained_model_name_or_path": "x", "unet_config": None, "vae": "y"}, "`vae` must be left out"),
@@ -132,7 +135,8 @@ INTEGERS, FLOATS, TEXTS, SWITCHES = (named(kind) for kind in ("int", "float", "s
 
 @pytest.mark.parametrize("name", [*INTEGERS, *FLOATS])
 def test_every_number_refuses_what_is_none(name):
-    bad = [float("nan"), float("inf"), -float("inf"), "3", True, [1], -1, *([1.5] if name in INTEGERS else [])]
+    bad = [float("nan"), float("inf"), -float("inf"), "3", True, [1], *([1.5] if name in INTEGERS else [])]
+    bad += [] if name == "p_mean" else [-1]  # a logarithm may be negative
     for value in bad:
         with pytest.raises(ValueError, match=f"`{name}` must be .*got {re.escape(repr(value))}"):
             DenoisingConfig(**{"train_data_dir": "x", "max_train_steps": 1, name: value})

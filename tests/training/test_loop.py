@@ -118,6 +118,7 @@ def test_accumulation_equals_one_large_batch_with_sample_scope(data, tmp_path):
     "changes",
     [
         {"prediction_type": "flow", "timestep_sampling": "logit_normal"},
+        {"prediction_type": "edm", "p_mean": -0.5, "sigma_data": 0.7},
         {"prediction_type": "v_prediction", "snr_gamma": 5.0, "noise_offset": 0.1},
         {"prediction_type": "sample", "class_conditional": True, "noise": "assignment", "within_labels": True},
         {"noise": "knn", "k": 4, "image_scale": 2.0, "mixed_precision": "bf16", "use_ema": False},
@@ -212,7 +213,7 @@ def test_guidance_moves_between_the_null_class_and_the_class(data, tmp_path):
     torch.testing.assert_close(draw(0, 3.0), null + 3 * (conditional - null), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow", "edm"])
 def test_every_prediction_learns_a_single_image(tmp_path, prediction_type):
     """Of one image repeated, the loss falls far below the best constant guess."""
     data = write_data(tmp_path / "data")
@@ -225,8 +226,9 @@ def test_every_prediction_learns_a_single_image(tmp_path, prediction_type):
     assert last < 0.5 * first
 
 
-def test_fine_tuning_starts_from_the_pretrained_weights(data, tmp_path):
-    run(data, tmp_path / "first", noise="knn", image_scale=2.0)
+@pytest.mark.parametrize("prediction_type", [None, "edm"])
+def test_fine_tuning_starts_from_the_pretrained_weights(data, tmp_path, prediction_type):
+    run(data, tmp_path / "first", noise="knn", image_scale=2.0, prediction_type=prediction_type)
     run(
         data,
         tmp_path / "second",

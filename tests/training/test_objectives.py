@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler
 
-from diffusers_ext import EpsX0V, FlowMatching, StepRNG
+from diffusers_ext import EDM, EpsX0V, FlowMatching, StepRNG
 from diffusers_ext.rng import mix
 from diffusers_ext.training.noise import GaussianNoise
 from diffusers_ext.training.objectives import snr_weights
-from diffusers_ext.training.timesteps import LogitNormalTimesteps, UniformTimesteps
+from diffusers_ext.training.timesteps import LogitNormalTimesteps, LogNormalLevels, UniformTimesteps
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,28 @@ def test_flow_matching_interpolates_and_points_to_noise():
     assert FlowMatching().model_timesteps(sigma).tolist() == [250, 1000]
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_edm_is_what_the_scheduler_samples_and_weights_as_the_paper(kind):
+    scheduler = EDMEulerScheduler(sigma_data=0.6, prediction_type=kind)
+    objective = EDM(0.6, -1 if kind == "v_prediction" else 1)
+    x0, noise, sigma = torch.randn(3, 2, 4), torch.randn(3, 2, 4), torch.tensor([0.02, 0.7, 40.0])
+    noisy, target = objective.make(x0, noise, sigma)
+    level = sigma.view(3, 1, 1)
+    x = x0 + level * noise
+    torch.testing.assert_close(noisy, scheduler.precondition_inputs(x, level))
+    torch.testing.assert_close(objective.model_timesteps(sigma), scheduler.precondition_noise(sigma))
+    guess = torch.randn(3, 2, 4)
+    denoised = scheduler.precondition_outputs(x, guess, level)
+    torch.testing.assert_close(objective.predicted_sample(guess, noisy, sigma), denoised, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(objective.predicted_sample(target, noisy, sigma), x0, atol=1e-4, rtol=1e-4)
+    weight = (sigma**2 + 0.36) / (sigma * 0.6) ** 2  # arXiv 2206.00364, table 1
+    expected = (weight * (denoised - x0).pow(2).mean((1, 2))).mean()
+    torch.testing.assert_close(objective.loss(guess, target, sigma), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(objective.snr(sigma), sigma**-2)
+    with pytest.raises(ValueError, match="`sigma_data` must be a number > 0, got 0"):
+        EDM(0)
+
+
 def test_masked_loss_ignores_masked_elements():
     objective = FlowMatching()
     prediction, target = torch.randn(2, 1, 4), torch.randn(2, 1, 4)
@@ -75,6 +97,11 @@ def test_timesteps_have_their_distributions():
     logits = torch.logit(LogitNormalTimesteps()(20000, rng))
     assert abs(logits.mean()) < 0.03
     assert abs(logits.std() - 1) < 0.03
+    logs = LogNormalLevels(-0.5, 2.0)(20000, rng).log()
+    assert abs(logs.mean() + 0.5) < 0.06
+    assert abs(logs.std() - 2) < 0.06
+    with pytest.raises(ValueError, match="`std` must be a number > 0, got 0"):
+        LogNormalLevels(std=0)
 
 
 def test_offset_noise_is_shared_by_a_channels_pixels():
