@@ -162,7 +162,7 @@ GOALS = {
     "frechet_distance_domainstudio_over_dreambooth": "<= 1",
 }
 SAYS = {
-    "ink_lora_300": "After 300 updates on ten orange digits, digits are drawn in {:.2f} of that colour, where white is 0.",
+    "ink_lora_300": "After 300 updates on ten orange digits the ink is at {:.2f}, from white at 0 to orange at 1.",
     "accuracy_lora_300": "{:.1%} of the orange digits are still read as their caption.",
     "ink_domainstudio_300": "With one new prompt and DomainStudio's losses it is {:.2f}.",
     "accuracy_domainstudio_300": "The captions still draw white digits, {:.1%} of them right.",
