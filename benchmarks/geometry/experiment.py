@@ -90,14 +90,14 @@ SAYS = {
 
 
 class ResidualMLP(nn.Module):
-    """1.4 M weights: (x, t) -> noise."""
+    """1.4 M weights: (x, t) -> noise. Without normalisation, whose derivative is far from that of a score."""
 
     def __init__(self, dim=64, width=384, blocks=4):
         super().__init__()
         self.into, self.out = nn.Linear(dim, width), nn.Linear(width, dim)
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
             for _ in range(blocks)
         )
         self.register_buffer("frequencies", torch.exp(torch.linspace(0, np.log(1000), 32)) / 1000)
