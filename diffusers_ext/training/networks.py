@@ -82,8 +82,8 @@ def size_note(network: nn.Module, config: TrainConfig, only_trained: bool, advic
     kept = config.checkpoints_total_limit
     part = "" if trained == count else f", {_short(trained).rstrip()} of them trained"
     return (
-        f"{type(network).__name__}: {_short(count).rstrip()} parameters{part}; a checkpoint takes about {_short(disk)}B of "
-        f"disk, {'all are kept (--checkpoints_total_limit)' if kept is None else f'{kept} are kept'}"
+        f"{type(network).__name__}: {_short(count).rstrip()} parameters{part}; a checkpoint takes about "
+        f"{_short(disk)}B of disk, {'all are kept (--checkpoints_total_limit)' if kept is None else f'{kept} are kept'}"
         + (f"; {advice}" if advice else "")
     )
 
