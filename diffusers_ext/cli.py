@@ -78,27 +78,26 @@ def config(words: list[str]) -> None:
     """Prints the path of a shipped configuration, or lists them."""
     from diffusers_ext.training.shipped import shipped_configs
 
-    shipped = shipped_configs()
-    parser = _parser("config")
-    parser.add_argument("name", nargs="?", choices=shipped, metavar="NAME", help=f"one of {', '.join(shipped)}")
-    name = parser.parse_args(words).name
-    if name is not None:
-        print(shipped[name])
-        return
-    for found, path in shipped.items():
+    def described(name: str, path: Path) -> str:
         first = path.read_text().splitlines()[0]
-        print(f"{found:16} {first.lstrip('# ') if first.startswith('#') else 'Arguments of a `UNet2DModel`.'}")
+        return f"{name:16} {first.lstrip('# ') if first.startswith('#') else 'Arguments of a `UNet2DModel`.'}"
+
+    _shipped("config", words, shipped_configs(), described)
 
 
 def asset(words: list[str]) -> None:
     """Prints the folder of a shipped model or data set, or lists them."""
-    from diffusers_ext.data.assets import ASSETS
+    from diffusers_ext.data.assets import shipped_assets
 
-    shipped = sorted(path.name for path in ASSETS.iterdir() if path.is_dir())
-    parser = _parser("asset")
-    parser.add_argument("name", nargs="?", choices=shipped, metavar="NAME", help=f"one of {', '.join(shipped)}")
+    _shipped("asset", words, shipped_assets(), lambda name, path: name)
+
+
+def _shipped(command: str, words: list[str], paths: dict[str, Path], described: Callable[[str, Path], str]) -> None:
+    """Prints the path of what ships under a name, or a line for each without one."""
+    parser = _parser(command)
+    parser.add_argument("name", nargs="?", choices=paths, metavar="NAME", help=f"one of {', '.join(paths)}")
     name = parser.parse_args(words).name
-    print("\n".join(shipped) if name is None else ASSETS / name)
+    print(paths[name] if name is not None else "\n".join(described(*item) for item in paths.items()))
 
 
 def inspect(words: list[str]) -> None:

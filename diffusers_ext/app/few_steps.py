@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import gradio as gr
-import torch
-import torch.nn.functional as F
 
-from diffusers_ext.data.digits import CLASSIFIER, DIGITS
+from diffusers_ext.training.callbacks import image_grid
 
-from .parts import each_step, generator, image_grid, load, picture, seed, shows_errors
+from .parts import each_step, generator, load, picture, seed, shows_errors
 
 __all__ = ["TITLE", "draw", "tab"]
 
@@ -53,6 +50,8 @@ def draw(
     Returns:
         Both grids, and their distance to real digits in a sentence.
     """
+    from diffusers_ext.metrics.digits import distance_to_digits  # imports that wait for the first button
+
     made = generator(seed)
     progress(0, desc="Loading the models")
     tuned = load("digits16-5-steps")
@@ -64,41 +63,9 @@ def draw(
             callback_on_step_end=each_step(progress, f"Drawing {title} tuning"),
         ).images  # fmt: skip
         grids.append(image_grid(pipeline.image_processor.postprocess(pixels, do_denormalize=[False] * COUNT), COLUMNS))
-        distances.append(distance_to_real(pixels.cpu() * 2 - 1))
+        distances.append(distance_to_digits(pixels.cpu() * 2 - 1))
     figures = (
         f"Frechet distance of {COUNT} images to real digits, in the features of a classifier: before "
         f"{distances[0]:.1f}, after {distances[1]:.1f}. Lower is better."
     )
     return *grids, figures
-
-
-def distance_to_real(images: torch.Tensor) -> float:
-    """Compares images `(batch, 1, 16, 16)` in [-1, 1] with the shipped digits."""
-    from diffusers_ext import frechet_distance
-
-    return frechet_distance(features(images), real_features())
-
-
-def features(images: torch.Tensor) -> torch.Tensor:
-    """Returns the features of a classifier of larger digits, which nothing was tuned on."""
-    from diffusers_ext import extract_features
-
-    larger = F.interpolate(images, (28, 28), mode="bilinear", align_corners=False)
-    return extract_features(larger, classifier().features)
-
-
-@functools.cache
-def classifier() -> Any:
-    """Loads the classifier of shipped digits."""
-    from diffusers_ext import ImageClassifierFeatures
-
-    return ImageClassifierFeatures.from_pretrained(CLASSIFIER).eval()
-
-
-@functools.cache
-def real_features() -> torch.Tensor:
-    """Returns the features of the shipped digits, brought to 16x16 as the models' data were."""
-    from diffusers_ext import load_images
-
-    data: Any = load_images(train_data_dir=str(DIGITS), resolution=16, channels=1)
-    return features(torch.stack([data[i]["pixel_values"] for i in range(len(data))]))

@@ -7,7 +7,9 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from .parts import EXAMPLES, as_digit, each_step, generator, image_grid, load, picture, seed, shows_errors, upload
+from diffusers_ext.training.callbacks import image_grid
+
+from .parts import EXAMPLES, as_digit, each_step, generator, load, picture, seed, shows_errors, upload
 
 __all__ = ["TITLE", "make", "tab"]
 

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 
 from diffusers_ext.data.assets import ASSETS
+from diffusers_ext.training.callbacks import image_grid
 
-from .parts import each_step, generator, image_grid, load, picture, seed, shows_errors
+from .parts import each_step, generator, load, picture, seed, shows_errors
 
 __all__ = ["TITLE", "draw", "tab"]
 

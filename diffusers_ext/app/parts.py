@@ -22,7 +22,6 @@ __all__ = [
     "check_upload",
     "each_step",
     "generator",
-    "image_grid",
     "load",
     "picture",
     "seed",
@@ -120,15 +119,6 @@ def as_digit(image: Image.Image | None, label: str) -> np.ndarray:
         raise gr.Error(f"At least {SIDE // 2} pixels a side, got {image.width} x {image.height}.", title=label)
     grey = Image.fromarray(eight_bits(pixels_of(image, channels=1))[:, :, 0])
     return np.asarray(ImageOps.fit(grey, (SIDE, SIDE), Image.Resampling.LANCZOS))
-
-
-def image_grid(images: list[Image.Image], columns: int) -> Image.Image:
-    """Arranges images in rows, the last of which may be short."""
-    from diffusers.utils.pil_utils import make_image_grid
-
-    rows = -(-len(images) // columns)
-    blank = [Image.new(images[0].mode, images[0].size)] * (rows * columns - len(images))
-    return make_image_grid([*images, *blank], rows, columns)
 
 
 def picture(label: str, **options: Any) -> gr.Image:

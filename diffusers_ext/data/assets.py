@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["ASSETS", "asset_path"]
+__all__ = ["ASSETS", "asset_path", "shipped_assets"]
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+def shipped_assets() -> dict[str, Path]:
+    """Returns the folders of shipped models and data sets by name."""
+    return {path.name: path for path in sorted(ASSETS.iterdir()) if path.is_dir()}
 
 
 def asset_path(name: str) -> Path:
@@ -23,7 +28,7 @@ def asset_path(name: str) -> Path:
         >>> (asset_path("digits-flow") / "model_index.json").is_file()
         True
     """
-    shipped = sorted(path.name for path in ASSETS.iterdir() if path.is_dir())
+    shipped = shipped_assets()
     if name not in shipped:
-        raise ValueError(f"`name` must be one of {shipped}, got {name!r}.")
-    return ASSETS / name
+        raise ValueError(f"`name` must be one of {list(shipped)}, got {name!r}.")
+    return shipped[name]

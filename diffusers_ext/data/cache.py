@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-__all__ = ["TensorCache", "fingerprint"]
+__all__ = ["TensorCache", "fingerprint", "write_chunks"]
 
 CHUNK = 64  # rows a file
 PREFIX = "precomputed-"
@@ -26,11 +26,46 @@ IDENTITY = "identity.json"
 Row = dict[str, torch.Tensor]
 
 
-class TensorCache:
-    """A list of rows, each a few named tensors of any shapes.
+def write_chunks(
+    folder: Path,
+    count: int,
+    size: int,
+    function: Callable[[range], Row],
+    accelerator: Accelerator,
+    desc: str = "precomputing",
+) -> list[Path]:
+    """Computes rows and keeps them in files of equal numbers of rows; what is there already is not computed again.
 
     Files are written whole or not at all, so that an interrupted computation goes on where it stopped; processes share
     the work.
+
+    Args:
+        folder: where the files are.
+        count: number of rows.
+        size: rows a file.
+        function: from the rows of a file to its tensors.
+        accelerator: divides the files among its processes.
+        desc: what the bar says.
+
+    Returns:
+        All files, in order.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        folder / f"{start:08d}.safetensors": range(start, min(start + size, count)) for start in range(0, count, size)
+    }
+    mine = list(files)[accelerator.process_index :: accelerator.num_processes]
+    missing = [file for file in mine if not file.is_file()]
+    for file in tqdm(missing, desc=desc, unit="file", delay=1, disable=not accelerator.is_main_process):
+        tensors = {name: value.detach().cpu().contiguous() for name, value in function(files[file]).items()}
+        save_file(tensors, file.with_suffix(".tmp"))
+        os.replace(file.with_suffix(".tmp"), file)
+    accelerator.wait_for_everyone()
+    return list(files)
+
+
+class TensorCache:
+    """A list of rows, each a few named tensors of any shapes.
 
     Args:
         folder: where the files are, in a folder of their own.
@@ -58,11 +93,6 @@ class TensorCache:
             found += [f"{k} {theirs.get(k)!r} (now {v!r})" for k, v in self.identity.items() if theirs.get(k) != v]
         return found
 
-    @property
-    def complete(self) -> bool:
-        """Whether all rows have been computed."""
-        return all(self._file(first).is_file() for first in range(0, self.count, CHUNK))
-
     def compute(self, function: Callable[[Sequence[int]], list[Row]], accelerator: Accelerator) -> None:
         """Computes the rows that are missing.
 
@@ -75,20 +105,12 @@ class TensorCache:
             partial = self.folder / f"{IDENTITY}.tmp"
             partial.write_text(json.dumps(self.identity, indent=1) + "\n")
             os.replace(partial, self.folder / IDENTITY)
-        starts = range(0, self.count, CHUNK)[accelerator.process_index :: accelerator.num_processes]
-        missing = [first for first in starts if not self._file(first).is_file()]
-        bar = {"desc": f"precomputing {self.kind}", "unit": "file", "delay": 1}
-        for first in tqdm(missing, disable=not accelerator.is_main_process, **bar):
-            rows = range(first, min(first + CHUNK, self.count))
-            columns = {
-                f"{i}.{name}": value.detach().cpu().contiguous()
-                for i, row in zip(rows, function(rows), strict=True)
-                for name, value in row.items()
-            }
-            partial = self._file(first).with_suffix(".tmp")
-            save_file(columns, partial)
-            os.replace(partial, self._file(first))
-        accelerator.wait_for_everyone()
+
+        def named(rows: range) -> Row:
+            found = zip(rows, function(rows), strict=True)
+            return {f"{i}.{name}": value for i, row in found for name, value in row.items()}
+
+        write_chunks(self.folder, self.count, CHUNK, named, accelerator, f"precomputing {self.kind}")
 
     def __getitem__(self, index: int) -> Row:
         """Returns a row; its tensors are read now and belong to the caller."""

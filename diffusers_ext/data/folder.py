@@ -68,10 +68,10 @@ def open_folder(path: Path, split: str, streaming: bool, strict: bool = False) -
     rows: Any = datasets.load_dataset(kind, data_files=listed, split=split, streaming=streaming)
     if tables:
         return rows, ""
+    mine = sorted({*images}.intersection(file for name in wanted for file in splits[name]))
+    _say_labels(path, mine, rows, metadata)
     if not metadata:
-        _say_labels(path, images)
         return rows, ""
-    mine = [file for name in wanted for file in splits[name] if file in {*images}]
     return rows, "" if "[" in split else _left_out(rows, mine, path, strict)
 
 
@@ -112,21 +112,31 @@ def _splits(path: Path, images: list[str], metadata: list[str]) -> dict[str, lis
     return splits
 
 
-def _say_labels(path: Path, images: list[str]) -> None:
-    """Says when folders are no classes, as `datasets` decides it: if images lie at different depths."""
-    folders = Counter(os.path.dirname(file) for file in images)
-    if len({folder.count(os.sep) for folder in folders}) > 1:
+def _say_labels(path: Path, images: list[str], rows: Any, metadata: list[str]) -> None:
+    """Says when folders are no classes, as `datasets` decides it: at different depths, or beside metadata."""
+    folders = {os.path.dirname(file) for file in images}
+    even = len({folder.count(os.sep) for folder in folders}) == 1
+    if not even and not metadata:
         logger.warning(
             "%s: its %d folders of images lie at different depths and are not read as classes.", path, len(folders)
         )
+    columns = _features(rows) if metadata else {}
+    if even and len(folders) > 1 and metadata and not {"label", "labels"} & columns.keys():
+        logger.warning(
+            "%s: its %d folders of images are not read as classes, because there is a %s: classes are a column there.",
+            *(path, len(folders), os.path.basename(metadata[0])),
+        )
+
+
+def _features(rows: Any) -> Any:
+    return rows.features or rows._resolve_features().features
 
 
 def _left_out(rows: Any, images: list[str], path: Path, strict: bool) -> str:
     """Counts the images that no line of the metadata names."""
     import datasets
 
-    features = rows.features or rows._resolve_features().features
-    columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    columns = [name for name, feature in _features(rows).items() if isinstance(feature, datasets.Image)]
     if not columns:
         return ""
     for name in columns:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
+from safetensors.torch import load_file
+
+from .cache import write_chunks
 
 __all__ = ["PrecomputedDataset"]
 
@@ -21,9 +22,6 @@ CHUNK = 256  # images a file
 
 class PrecomputedDataset:
     """A map-style data set that gives what was computed of each image instead of the image.
-
-    Files are written whole or not at all, so that an interrupted computation goes on where it stopped; processes share
-    the work.
 
     Args:
         source: a data set of `load_images`' kind, without random augmentation; its `fingerprint` belongs to the
@@ -51,25 +49,14 @@ class PrecomputedDataset:
             accelerator: divides the files among its processes.
             batch: items at a time.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        starts = range(0, len(self.source), CHUNK)
-        mine = list(starts)[accelerator.process_index :: accelerator.num_processes]
-        missing = [start for start in mine if not self._file(start).is_file()]
-        for start in tqdm(missing, desc="precomputing", unit="file", disable=not accelerator.is_main_process):
-            parts = []
-            for first in range(start, min(start + CHUNK, len(self.source)), batch):
-                last = min(first + batch, start + CHUNK, len(self.source))
-                parts.append(function([self.source.get(i) for i in range(first, last)]))
-            columns = {name: torch.cat([part[name].cpu() for part in parts]).contiguous() for name in parts[0]}
-            partial = self._file(start).with_suffix(".tmp")
-            save_file(columns, partial)
-            os.replace(partial, self._file(start))
-        accelerator.wait_for_everyone()
-        read = [load_file(self._file(start)) for start in starts]
-        self._columns = {name: torch.cat([part[name] for part in read]) for name in read[0]}
 
-    def _file(self, start: int) -> Path:
-        return self.folder / f"{start:08d}.safetensors"
+        def columns(rows: range) -> dict[str, torch.Tensor]:
+            batches = (rows[first : first + batch] for first in range(0, len(rows), batch))
+            parts = [function([self.source.get(i) for i in part]) for part in batches]
+            return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+
+        read = [load_file(file) for file in write_chunks(self.folder, len(self), CHUNK, columns, accelerator)]
+        self._columns = {name: torch.cat([part[name] for part in read]) for name in read[0]}
 
     def column(self, name: str) -> torch.Tensor:
         """Returns what was computed of all images under a name."""

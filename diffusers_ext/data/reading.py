@@ -30,8 +30,11 @@ def pixels_of(image: Image.Image, channels: int | None = None) -> np.ndarray:
         `(height, width, channels)`.
 
     Raises:
-        ValueError: the range of the image's mode cannot be known, or Pillow cannot convert it.
+        ValueError: the range of the image's mode cannot be known, or Pillow cannot convert it, or cuts its 16-bit
+            colours to 8 bits (which shows before the image's file has been read).
     """
+    if not image.mode.startswith("I") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
+        raise ValueError("of 16-bit colours Pillow keeps 8 bits; give an array of uint16")
     # A turned image no longer knows the file's format.
     kind, image = image.format, ImageOps.exif_transpose(image)
     if channels is None:

@@ -55,7 +55,7 @@ class PipelineDenoiser(nn.Module):
         size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
         self._stock = StockCall(pipe, {**call, **size})
         self._sample: Conditions | None = None  # of one prompt, to ask the pipeline for shapes
-        self._shape: tuple[int, ...] | None = None
+        self._first: Call | None = None  # the pipeline's own call, up to where its latents enter
         self._images: ImageLatents | None = None
         self._one_timestep: bool | None = None
         self._dtypes: dict[torch.dtype, torch.dtype] = {}
@@ -89,17 +89,15 @@ class PipelineDenoiser(nn.Module):
 
     def latents_shape(self, batch: int) -> tuple[int, ...]:
         """Returns the shape of x: that of the latents in which the pipeline's loop steps, packed or not."""
-        if self._shape is None:
-            latents = self._entered().latents
-            if latents is None or latents.shape[0] != 1:
-                found = None if latents is None else tuple(latents.shape)
-                raise ValueError(f"{self._stock.name}: no latents of one sample enter its call, but {found}.")
-            self._shape = tuple(latents.shape)
-        return (batch, *self._shape[1:])
+        latents = self._entered().latents
+        if latents is None or latents.shape[0] != 1:
+            found = None if latents is None else tuple(latents.shape)
+            raise ValueError(f"{self._stock.name}: no latents of one sample enter its call, but {found}.")
+        return (batch, *latents.shape[1:])
 
     def schedule_arguments(self) -> dict[str, Any]:
         """Returns what the pipeline passes to `scheduler.set_timesteps` at this size, such as `mu` or `sigmas`."""
-        return self._entered().schedule
+        return dict(self._entered().schedule)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[Any]) -> Conditions:
@@ -280,10 +278,12 @@ class PipelineDenoiser(nn.Module):
 
     @torch.no_grad()
     def _entered(self) -> Call:
-        """Runs the pipeline's call until its own latents have entered."""
-        sample = self._one_prompt()
-        played = sample.joined(self.device, self.dtype)
-        return self._stock.run_without_loop("enter", sample.prompts, self.denoiser, self.device, None, played)[0]
+        """Runs the pipeline's call until its own latents have entered, once."""
+        if self._first is None:
+            sample, run = self._one_prompt(), self._stock.run_without_loop
+            played = sample.joined(self.device, self.dtype)
+            self._first = run("enter", sample.prompts, self.denoiser, self.device, None, played)[0]
+        return self._first
 
     @torch.no_grad()
     def _image_latents(self) -> ImageLatents:

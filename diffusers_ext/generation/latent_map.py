@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .latents import full_precision
+from .latents import encoder_latents, full_precision
 from .prompts import Conditions
 from .stock_call import StockCall
 
@@ -123,11 +123,7 @@ class ImageLatents:
         vae = self._stock.autoencoder
         with full_precision(vae):
             encoded = vae.encode(images.to(next(vae.parameters()).device, vae.dtype))
-        if hasattr(encoded, "latent_dist"):
-            posterior = encoded.latent_dist
-            z = posterior.mode() if generator is None else posterior.sample(generator)
-        else:
-            z = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+        z = encoder_latents(encoded, generator is not None, generator)
         if tuple(z.shape[1:]) != wanted:
             raise ValueError(
                 f"{self._stock.name} decodes {wanted} at the size of this denoiser, but `images` "

@@ -8,12 +8,39 @@ from typing import Any
 
 import torch
 
-__all__ = ["decoded", "encoded", "full_precision", "latent_factor", "latent_moments", "scaled_latents"]
+__all__ = [
+    "decoded",
+    "encoded",
+    "encoder_latents",
+    "full_precision",
+    "latent_factor",
+    "latent_moments",
+    "scaled_latents",
+]
 
 
 def latent_factor(vae: Any) -> int:
     """Returns how many times smaller latents are than their images, a side; 1 without an autoencoder."""
-    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    if vae is None:
+        return 1
+    name = "block_out_channels" if hasattr(vae.config, "block_out_channels") else "encoder_block_out_channels"
+    return 2 ** (len(vae.config[name]) - 1)
+
+
+def encoder_latents(
+    output: Any, sample: bool = False, generator: torch.Generator | list[torch.Generator] | None = None
+) -> torch.Tensor:
+    """Returns the latents in what an autoencoder's `encode` returned, before scaling and quantisation.
+
+    Args:
+        output: a posterior's, as of `AutoencoderKL`, or the latents themselves (`VQModel`, `AutoencoderTiny`,
+            `AutoencoderDC`).
+        sample: draw from a posterior instead of taking its mode.
+        generator: draws it.
+    """
+    if hasattr(output, "latent_dist"):
+        return output.latent_dist.sample(generator) if sample else output.latent_dist.mode()
+    return output.latents if hasattr(output, "latents") else output.latent
 
 
 def latent_moments(
@@ -22,15 +49,16 @@ def latent_moments(
     """Encodes images in `[-1, 1]`.
 
     Args:
-        vae: an `AutoencoderKL`.
+        vae: the autoencoder.
         pixels: `(batch, channels, height, width)`.
         dtype: precision of `vae`.
 
     Returns:
-        Mean and standard deviation of the posterior, before scaling.
+        Mean and standard deviation of the posterior, before scaling; the deviation is 0 where there is none.
     """
-    posterior = vae.encode(pixels.to(dtype)).latent_dist
-    return posterior.mean, posterior.std
+    output = vae.encode(pixels.to(dtype))
+    mean = encoder_latents(output)
+    return mean, output.latent_dist.std if hasattr(output, "latent_dist") else torch.zeros_like(mean)
 
 
 def encoded(
@@ -39,19 +67,15 @@ def encoded(
     sample_posterior: bool = False,
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> torch.Tensor:
-    """Encodes images in `[-1, 1]` to scaled latents in fp32, by an `AutoencoderKL` or a `VQModel`.
+    """Encodes images in `[-1, 1]` to scaled latents in fp32.
 
     Args:
         vae: the autoencoder.
         pixels: `(batch, channels, height, width)`.
-        sample_posterior: draw from the posterior of an `AutoencoderKL` instead of taking its mean.
+        sample_posterior: draw from the posterior, where there is one, instead of taking its mode.
         generator: draws it.
     """
-    output = vae.encode(pixels.to(vae.dtype))
-    if not hasattr(output, "latent_dist"):
-        return scaled_latents(vae, output.latents)  # before quantisation
-    posterior = output.latent_dist
-    return scaled_latents(vae, posterior.sample(generator) if sample_posterior else posterior.mean)
+    return scaled_latents(vae, encoder_latents(vae.encode(pixels.to(vae.dtype)), sample_posterior, generator))
 
 
 def scaled_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,19 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-__all__ = ["callback_names", "scaled_input", "set_timesteps", "step_arguments"]
+__all__ = ["callback_names", "current_config", "scaled_input", "set_timesteps", "step_arguments"]
+
+
+def current_config(part: Any) -> dict[str, Any]:
+    """Returns the configuration that a scheduler or a network has now, for `from_config`.
+
+    Diffusers notes which arguments were not given by name, and `from_config` leaves those out, so that the defaults of
+    another class hold; also where one was given by position, or changed since (old pipelines correct `steps_offset`).
+    """
+    config, known = part.config, inspect.signature(type(part).__init__).parameters
+    noted = config.get("_use_default_values", ())
+    defaults = [name for name in noted if name in known and config[name] == known[name].default]
+    return {**config, "_use_default_values": defaults}
 
 
 def set_timesteps(

@@ -11,7 +11,7 @@ from torch import nn
 
 from .seam import ENTRANCES, Call, Reached, Undecoded, copied, pipeline_class, scheduler_class
 
-__all__ = ["StockCall", "is_hooked"]
+__all__ = ["StockCall", "guides", "is_hooked"]
 
 
 class StockCall:
@@ -187,16 +187,18 @@ class StockCall:
         defaults: dict[str, Any] = {"use_resolution_binning": False, "output_type": "pt", "return_dict": False}
         embedded = getattr(getattr(self.network, "config", None), "guidance_embeds", False)
         for name, parameter in self._known.items():
-            if "guidance_scale" in name or name.endswith("cfg_scale"):
-                if parameter.default is not None or embedded:
-                    defaults[name] = 1.0
-            elif name == "pag_scale":
-                defaults[name] = 0.0
+            if guides(name) and (parameter.default is not None or embedded):
+                defaults[name] = 0.0 if name == "pag_scale" else 1.0
         trial = copied(self.pipe, type(self.pipe), _guidance_scale=1.0)
         with contextlib.suppress(AttributeError):  # a property that reads more than the scale
             if trial.do_classifier_free_guidance and "guidance_scale" in defaults:
                 defaults["guidance_scale"] = 0.0
         return {name: value for name, value in {**defaults, **given}.items() if name in self._known}
+
+
+def guides(name: str) -> bool:
+    """Whether an argument of a pipeline's call is a scale of guidance."""
+    return "guidance_scale" in name or name.endswith("cfg_scale") or name == "pag_scale"
 
 
 def is_hooked(module: Any) -> bool:

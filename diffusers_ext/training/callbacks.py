@@ -75,9 +75,9 @@ def draw_pictures(trainer: Run, pipeline: Any, stream: int) -> list[Image.Image]
         return []
 
 
-def image_grid(images: list[Image.Image]) -> Image.Image:
-    """Arranges images in a square grid, or as near to one as their number allows; the last row may be incomplete."""
-    columns = max(1, round(len(images) ** 0.5))
+def image_grid(images: list[Image.Image], columns: int | None = None) -> Image.Image:
+    """Arranges images in rows, by default as near to a square as can be; the last row may be incomplete."""
+    columns = columns or max(1, round(len(images) ** 0.5))
     rows = -(-len(images) // columns)
     blank = Image.new(images[0].mode, images[0].size)
     return make_image_grid(images + [blank] * (rows * columns - len(images)), rows=rows, cols=columns)

@@ -13,6 +13,7 @@ import accelerate
 import diffusers
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 __all__ = [
@@ -21,12 +22,14 @@ __all__ = [
     "find_checkpoint",
     "load_checkpoint",
     "save_checkpoint",
+    "save_only_trained",
     "set_aside",
     "whole_checkpoints",
 ]
 
 MANIFEST = "manifest.json"
 STATE = "engine_state.pt"
+TRAINED = "trained.safetensors"
 # Arguments that may change at a resume without any effect on the weights.
 UNRELATED = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "checkpointing_steps"),
@@ -253,3 +256,30 @@ def _raise_damaged(accelerator: Accelerator, path: Path, failure: Exception | No
         raise DamagedCheckpointError(
             f"`resume_from_checkpoint` must be a whole checkpoint, got {str(path)!r}: {reason.splitlines()[0]}"
         ) from failure
+
+
+def save_only_trained(accelerator: Accelerator, trainable: nn.Module) -> None:
+    """Lets checkpoints hold the parameters that are trained, and not the frozen network around them.
+
+    Args:
+        accelerator: the run's, which does not shard the network.
+        trainable: the module, before it is prepared.
+    """
+    names = [name for name, p in trainable.named_parameters() if p.requires_grad]
+
+    def save(models: list[Any], weights: list[Any], folder: str) -> None:
+        if accelerator.is_main_process:
+            state = accelerator.unwrap_model(models[0]).state_dict()
+            save_file({name: state[name].detach().cpu().contiguous() for name in names}, Path(folder) / TRAINED)
+        weights.clear()
+
+    def load(models: list[Any], folder: str) -> None:
+        module = accelerator.unwrap_model(models.pop())
+        saved = load_file(Path(folder) / TRAINED)
+        parameters = dict(module.named_parameters())
+        with torch.no_grad():
+            for name in names:
+                parameters[name].copy_(saved[name])
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)

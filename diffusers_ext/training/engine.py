@@ -9,7 +9,6 @@ same number of processes.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import os
 import sys
@@ -34,13 +33,22 @@ from diffusers_ext.hub.repo import push_repo
 from diffusers_ext.rng import StepRNG, mix
 
 from .callbacks import Callback, default_callbacks, draw_pictures, image_grid
-from .checkpoint import DamagedCheckpointError, find_checkpoint, load_checkpoint, save_checkpoint, set_aside
+from .checkpoint import (
+    DamagedCheckpointError,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    save_only_trained,
+    set_aside,
+)
 from .config import TrainConfig, require
+from .export import Exporter
 from .folder import claimed_folder
-from .optimizers import make_optimizer, optimizer_floats
-from .recipe import Context, Modules, Recipe
+from .networks import size_note
+from .optimizers import make_optimizer
+from .recipe import Context, Recipe
 from .signals import StopSignals
-from .weights import Ema, all_finite, copy_full_, full_tensor
+from .weights import Ema, all_finite
 
 __all__ = ["TrainResult", "Trainer"]
 
@@ -60,14 +68,6 @@ class TrainResult:
     steps: int
     loss: float
     stopped_by: str | None = None
-
-
-def _short(number: float) -> str:
-    """Returns a number as people say it, such as '2.1 M'."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.{0 if number >= 10 * size else 1}f} {unit}"
-    return f"{number:.0f} "
 
 
 class Trainer:
@@ -145,17 +145,8 @@ class Trainer:
 
         Every process must enter it; on all but the main process the pipeline is `None`.
         """
-        with self._exported_weights() as trainable:
-            if self.accelerator.is_main_process:
-                modules = self.ctx.modules
-                was_training = trainable.training
-                trainable.eval()
-                with self._own_weights():
-                    yield self.recipe.pipeline(Modules(trainable, modules.scheduler, modules.frozen))
-                trainable.train(was_training)
-            else:
-                yield None
-        self.accelerator.wait_for_everyone()
+        with self._export.pipeline(self.model, self.ema) as pipeline:
+            yield pipeline
 
     # -- set-up ----------------------------------------------------------------------------------------------------
 
@@ -204,7 +195,8 @@ class Trainer:
             if p.requires_grad:  # what is frozen, beneath LoRA layers, keeps its precision
                 p.data = p.data.float()
         modules.trainable.train()
-        self._originals = self._saved_weights() if weight_dtype != torch.float32 else {}
+        sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        self._export = Exporter(accelerator, self.recipe, modules, weight_dtype, sharded)
         for module in modules.frozen.values():
             module.requires_grad_(False).eval().to(accelerator.device)
             # Diffusers warns about casts, even of nothing.
@@ -212,36 +204,12 @@ class Trainer:
                 module.to(weight_dtype)
         if config.gradient_checkpointing and hasattr(modules.trainable, "enable_gradient_checkpointing"):
             modules.trainable.enable_gradient_checkpointing()
-        sharding = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        # A sharded module cannot be saved as it stands: an unsharded twin takes the gathered weights.
-        self._twin = copy.deepcopy(modules.trainable) if accelerator.distributed_type in sharding else None
-        self._announce()
+        only_trained = modules.only_trained and not sharded
+        if only_trained:
+            save_only_trained(accelerator, modules.trainable)
+        said = size_note(modules.trainable, config, only_trained, self.recipe.size_advice)
+        accelerator.print(said, file=sys.stderr)
         self._prepare()
-
-    def _announce(self) -> None:
-        """Says how large the network is and what a checkpoint of it takes, before the first step."""
-        config, network = self.config, self.ctx.modules.trainable
-        count = sum(p.numel() for p in network.parameters())
-        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        disk = 4 * (count + trained * (optimizer_floats(config.optimizer) + config.use_ema))
-        kept = config.checkpoints_total_limit
-        part = "" if trained == count else f", {_short(trained)} of them trained"
-        change = self.recipe.size_advice
-        self.accelerator.print(
-            f"{type(network).__name__}: {_short(count)} parameters{part}; a checkpoint takes about {_short(disk)}B of "
-            f"disk, {'all are kept (--checkpoints_total_limit)' if kept is None else f'{kept} are kept'}"
-            + (f"; {change}" if change else ""),
-            file=sys.stderr,
-        )
-
-    def _saved_weights(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Copies the weights of those frozen modules that the finished pipeline will hold."""
-        if not self.accelerator.is_main_process:
-            return {}
-        modules = self.ctx.modules
-        held = {id(component) for component in self.recipe.pipeline(modules).components.values()}
-        saved = {name: module for name, module in modules.frozen.items() if id(module) in held}
-        return {n: {k: v.to("cpu", copy=True) for k, v in m.state_dict().items()} for n, m in saved.items()}
 
     def _plan(self) -> None:
         """Fixes the number of updates and checks the arguments against the data."""
@@ -488,42 +456,6 @@ class Trainer:
             f"{what} at step {self.step}; checkpoints up to here are in {self.config.output_dir}. A lower "
             "`learning_rate` or `mixed_precision='bf16'` may help."
         )
-
-    @contextlib.contextmanager
-    def _own_weights(self) -> Iterator[None]:
-        """Holds frozen modules in their own precision for a while, with weights that training has rounded."""
-        modules = {name: self.ctx.modules.frozen[name] for name in self._originals}
-        for name, module in modules.items():
-            module.float().load_state_dict(self._originals[name])
-        try:
-            yield
-        finally:
-            for module in modules.values():
-                module.to(self.ctx.weight_dtype)
-
-    @contextlib.contextmanager
-    def _exported_weights(self) -> Iterator[Any]:
-        model = self.accelerator.unwrap_model(self.model)
-        if self._twin is not None:
-            weights = self.accelerator.get_state_dict(self.model)
-            shadow = [full_tensor(p) for p in self.ema.shadow_params] if self.ema is not None else None
-            if self.accelerator.is_main_process:
-                self._twin.load_state_dict(weights)
-                if shadow is not None:
-                    trained = [p for p in self._twin.parameters() if p.requires_grad]
-                    for parameter, value in zip(trained, shadow, strict=True):
-                        copy_full_(parameter.data, value)
-                self._twin.to(self.accelerator.device)
-            yield self._twin
-        elif self.ema is not None:
-            self.ema.store(self.parameters)
-            self.ema.copy_to(self.parameters)
-            try:
-                yield model
-            finally:
-                self.ema.restore(self.parameters)
-        else:
-            yield model
 
     def _finish(self) -> None:
         """Writes the finished pipeline, its card and its sample picture into the run's folder."""

@@ -7,22 +7,29 @@ import copy
 import difflib
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator, init_empty_weights
-from safetensors.torch import load_file, save_file
+from accelerate import init_empty_weights
 from torch import nn
 
+from diffusers_ext.generation.stepping import current_config
 from diffusers_ext.hub.repo import has_lora_format, write_lora
 
-from .adapters import require_peft
-
-__all__ = ["DEFAULT_TARGETS", "adapters_off", "add_lora", "check_loads_again", "save_only_trained"]
+__all__ = ["DEFAULT_TARGETS", "adapters_off", "add_lora", "check_loads_again", "require_peft"]
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-TRAINED = "trained.safetensors"
+
+
+def require_peft() -> None:
+    """Finds out whether peft is there.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if find_spec("peft") is None:
+        raise ValueError("`lora_rank` must be left out without peft: pip install diffusers-ext[lora]")
 
 
 def add_lora(
@@ -40,7 +47,7 @@ def add_lora(
     Raises:
         ValueError: peft is missing, or a target names no layer; close names are listed.
     """
-    require_peft("lora_rank")
+    require_peft()
     from peft import LoraConfig, inject_adapter_in_model
 
     layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
@@ -102,7 +109,7 @@ def check_loads_again(pipe: Any, network_name: str, targets: Sequence[str] | Non
     """
     network = getattr(pipe, network_name)
     with init_empty_weights():
-        twin: Any = type(network).from_config(dict(network.config))
+        twin: Any = type(network).from_config(current_config(network))
     before, failure = _adapters(network), ""
     with tempfile.TemporaryDirectory() as folder:
         write_lora(pipe, network_name, Path(folder))
@@ -125,35 +132,6 @@ def check_loads_again(pipe: Any, network_name: str, targets: Sequence[str] | Non
             f"`lora_targets` must be layers that {type(pipe).__name__}.load_lora_weights finds again, got "
             f"{list(targets or DEFAULT_TARGETS)}: {len(names)} layers would be lost, first {names[:3]}{failure}."
         )
-
-
-def save_only_trained(accelerator: Accelerator, trainable: nn.Module) -> None:
-    """Lets checkpoints hold the parameters that are trained, and not the frozen network around them.
-
-    Args:
-        accelerator: the run's; nothing is changed where it shards the network.
-        trainable: the module, before it is prepared.
-    """
-    names = [name for name, p in trainable.named_parameters() if p.requires_grad]
-    if accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
-        return
-
-    def save(models: list[Any], weights: list[Any], folder: str) -> None:
-        if accelerator.is_main_process:
-            state = accelerator.unwrap_model(models[0]).state_dict()
-            save_file({name: state[name].detach().cpu().contiguous() for name in names}, Path(folder) / TRAINED)
-        weights.clear()
-
-    def load(models: list[Any], folder: str) -> None:
-        module = accelerator.unwrap_model(models.pop())
-        saved = load_file(Path(folder) / TRAINED)
-        parameters = dict(module.named_parameters())
-        with torch.no_grad():
-            for name in names:
-                parameters[name].copy_(saved[name])
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Networks that a JSON file describes."""
+"""Networks that a JSON file describes, and what is said of their size."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import nn
+
+from .config import TrainConfig
+from .optimizers import optimizer_floats
 from .shipped import find_config
 
-__all__ = ["make_network", "sized_unet"]
+__all__ = ["make_network", "size_note", "sized_unet"]
 
 
 def make_network(
@@ -60,3 +64,33 @@ def sized_unet(size: int) -> dict[str, Any]:
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     }
+
+
+def size_note(network: nn.Module, config: TrainConfig, only_trained: bool, advice: str | None) -> str:
+    """Says how large a network is and what a checkpoint of it takes.
+
+    Args:
+        network: before it is trained.
+        config: the run's.
+        only_trained: checkpoints hold the trained parameters alone.
+        advice: how to choose another size.
+    """
+    count = sum(p.numel() for p in network.parameters())
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    held = trained if only_trained else count
+    disk = 4 * (held + trained * (optimizer_floats(config.optimizer) + config.use_ema))
+    kept = config.checkpoints_total_limit
+    part = "" if trained == count else f", {_short(trained).rstrip()} of them trained"
+    return (
+        f"{type(network).__name__}: {_short(count).rstrip()} parameters{part}; a checkpoint takes about "
+        f"{_short(disk)}B of disk, {'all are kept (--checkpoints_total_limit)' if kept is None else f'{kept} are kept'}"
+        + (f"; {advice}" if advice else "")
+    )
+
+
+def _short(number: float) -> str:
+    """Returns a number as people say it, such as '2.1 M'."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.{0 if number >= 10 * size else 1}f} {unit}"
+    return f"{number:.0f} "

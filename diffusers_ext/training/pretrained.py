@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from diffusers import (
 )
 
 from diffusers_ext.generation.latents import latent_factor
-from diffusers_ext.generation.stepping import set_timesteps
+from diffusers_ext.generation.stepping import current_config, set_timesteps
 
 from .config import require
 
@@ -123,7 +124,7 @@ def check_inference_steps(scheduler: Any, argument: str, steps: int) -> None:
         ValueError: it does not; the message names the argument.
     """
     try:
-        set_timesteps(type(scheduler).from_config(scheduler.config), steps, "cpu")
+        set_timesteps(copy.deepcopy(scheduler), steps, "cpu")
     except Exception as error:  # schedulers raise many kinds
         raise ValueError(
             f"`{argument}` must be a number of steps that {type(scheduler).__name__} takes as it is configured, got "
@@ -149,11 +150,27 @@ def converted(kind: Any, scheduler: Any, **changes: Any) -> Any:
         scheduler: the scheduler to follow.
         **changes: entries of its config to change.
     """
+    config = current_config(scheduler)
     try:
-        return kind.from_config(scheduler.config, **changes)
+        return kind.from_config(config, **changes)
     except NotImplementedError:  # the class has no name for this schedule, but takes its betas
         betas = {"beta_schedule": "linear", "trained_betas": scheduler.betas.tolist()}
-        return kind.from_config({**scheduler.config, **betas}, **changes)
+        return kind.from_config({**config, **betas}, **changes)
+
+
+def _refuse_text(name: str) -> None:
+    """Refuses a text-to-image pipeline before its weights are read."""
+    try:
+        index: Any = DiffusionPipeline.load_config(name)
+    except Exception:  # noqa: BLE001 - what is wrong is said where it is loaded
+        return
+    encoders = sorted(key for key in index if key.startswith("text_encoder") and index[key][0] is not None)
+    if encoders:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must be a model of images without text, got {name!r}, a "
+            f"{index.get('_class_name')} with {encoders}: the methods for such pipelines are `text_to_image` and "
+            "`domain_studio_text`."
+        )
 
 
 def load_denoiser(name: str, learned_variance: bool = False, edm: bool = False) -> Denoiser:
@@ -167,6 +184,7 @@ def load_denoiser(name: str, learned_variance: bool = False, edm: bool = False) 
     Raises:
         ValueError: it cannot be loaded, or is of another kind; the message names `pretrained_model_name_or_path`.
     """
+    _refuse_text(name)
     pipeline = loaded("pretrained_model_name_or_path", DiffusionPipeline, name)
     unet: Any = getattr(pipeline, "unet", None)
     if not isinstance(unet, UNet2DModel):

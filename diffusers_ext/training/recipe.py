@@ -30,11 +30,14 @@ class Modules:
         trainable: the module whose parameters with `requires_grad` are trained, in fp32.
         scheduler: the Diffusers scheduler that training and sampling share.
         frozen: further modules by name; the engine moves them to the device, in the precision of the run.
+        only_trained: checkpoints leave out those parameters of `trainable` that are not trained, which `setup` loads
+            again.
     """
 
     trainable: Any
     scheduler: Any
     frozen: dict[str, Any] = field(default_factory=dict)
+    only_trained: bool = False
 
 
 @dataclass

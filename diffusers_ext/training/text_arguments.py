@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .adapters import require_peft
 from .config import described, require
+from .lora import require_peft
 from .noise import NoiseConfig
 from .timesteps import Density
 
@@ -109,7 +109,7 @@ class TextToImageConfig(NoiseConfig):
         require(rank is None or rank >= 1, "lora_rank", rank, "an integer >= 1, or left out to train all weights")
         require(self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "a number > 0")
         if rank is not None:
-            require_peft("lora_rank")
+            require_peft()
         if rank is None:
             for name in ("lora_alpha", "lora_targets", "use_dora", "quantization"):
                 value = getattr(self, name)

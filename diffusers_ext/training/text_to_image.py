@@ -23,7 +23,7 @@ from diffusers_ext.hub.card import RepoCard
 from diffusers_ext.hub.repo import has_lora_format, save_lora_repo, save_repo
 
 from .images import image_dataset
-from .lora import add_lora, check_loads_again, save_only_trained
+from .lora import add_lora, check_loads_again
 from .noise import NoiseStrategy, offset_noise
 from .objectives import Objective
 from .pipeline_schedule import is_flow, pipeline_objective, pipeline_timesteps
@@ -194,14 +194,10 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
         with quiet():
             self._try_network()
         self._say_about_noise()
-        if config.lora_rank is not None:
-            save_only_trained(ctx.accelerator, self.denoiser)
-        return Modules(self.denoiser, scheduler)
+        return Modules(self.denoiser, scheduler, only_trained=config.lora_rank is not None)
 
     def _mu(self, size: Size) -> float | None:
-        one = self.denoiser.at(size)
-        one.latents_shape(1)
-        return one.schedule_arguments().get("mu")
+        return self.denoiser.at(size).schedule_arguments().get("mu")
 
     def _class_images(self, ctx: Context[ConfigT]) -> Any:
         """Draws the images of the class that are missing, and loads all of them."""

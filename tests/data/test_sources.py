@@ -149,6 +149,18 @@ def test_parquet_files_are_listed(sources, tmp_path):
     assert len(load_images(train_data_dir=str(tmp_path), resolution=8)) == 3 * N
 
 
+def test_classes_beside_metadata_are_said(tmp_path, arrays, caplog):
+    path = folder_of(tmp_path, arrays, "cat/0.png", "dog/1.png")
+    rows = [{"file_name": name, "text": "a photo"} for name in ("cat/0.png", "dog/1.png")]
+    for labels, said in (({}, True), ({"label": 1}, False)):
+        lines = [json.dumps({**row, **labels}) for row in rows]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+        caplog.clear()
+        assert load_images(train_data_dir=path, resolution=8).num_classes == 0
+        message = "its 2 folders of images are not read as classes, because there is a metadata.jsonl"
+        assert (message in caplog.text) == said
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_what_the_metadata_leaves_out_is_counted(tmp_path, arrays, caplog, streaming):
     path = folder_of(tmp_path, arrays, "0.png", "1.png", "2.png", "sub/3.png")

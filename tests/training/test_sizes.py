@@ -8,8 +8,8 @@ import torch
 from diffusers import UNet2DModel
 
 from diffusers_ext import ImmiscibleRecipe, Trainer
-from diffusers_ext.training import adapters
-from diffusers_ext.training.networks import sized_unet
+from diffusers_ext.training import lora
+from diffusers_ext.training.networks import size_note, sized_unet
 
 from .tiny import make_config, run, write_data
 
@@ -103,17 +103,16 @@ def test_noise_without_a_choice_is_said(data, tmp_path, changes):
         run(data, tmp_path, max_train_steps=1, num_validation_images=0, **changes)
 
 
-def test_adapters_of_text_encoders_need_what_transformers_asks_for(monkeypatch):
-    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.22.0")
-    monkeypatch.setattr(adapters, "version", lambda name: "0.21.2")
-    adapters.require_peft("lora_rank")
-    message = (
-        "`train_text_encoder` must be left out, or peft be at least 0.22.0, .*got peft 0.21.2: pip install -U peft"
-    )
-    with pytest.raises(ValueError, match=message):
-        adapters.require_peft("train_text_encoder", text_encoder=True)
-    monkeypatch.setattr(adapters, "version", lambda name: "0.22.1")
-    adapters.require_peft("train_text_encoder", text_encoder=True)
-    monkeypatch.setattr(adapters, "find_spec", lambda name: None)
+def test_a_checkpoint_of_adapters_takes_no_more_than_they_do():
+    network = torch.nn.Sequential(torch.nn.Linear(1000, 1000, bias=False), torch.nn.Linear(10, 10, bias=False))
+    network[0].requires_grad_(False)
+    config = make_config("data", "out", use_ema=False)
+    said = "Sequential: 1.0 M parameters, 100 of them trained; a checkpoint takes about {} of disk"
+    assert size_note(network, config, True, None).startswith(said.format("1.2 kB"))  # 100 weights and twice AdamW's
+    assert size_note(network, config, False, None).startswith(said.format("4.0 MB"))
+
+
+def test_layers_of_adapters_need_peft(monkeypatch):
+    monkeypatch.setattr(lora, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="`lora_rank` must be left out without peft"):
-        adapters.require_peft("lora_rank")
+        lora.require_peft()

@@ -12,6 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 
 from diffusers_ext.generation.denoiser import PipelineDenoiser
 from diffusers_ext.generation.prompts import Conditions
+from diffusers_ext.generation.stock_call import guides
 
 from .base import Interpolation, Network, NoiseDiffusionPipelineOutput
 from .images import gathered
@@ -150,7 +151,7 @@ class PipelineNoiseDiffusion(Interpolation):
         own = {"height": pixels.shape[2], "width": pixels.shape[3], "num_inference_steps": num_inference_steps}
         own = {name: value for name, value in own.items() if name in known}
         denoiser = inverting = PipelineDenoiser(self.pipe, **own, **call)
-        unguided = {name: value for name, value in call.items() if not _guides(name)}
+        unguided = {name: value for name, value in call.items() if not guides(name)}
         if not guide_inversion and len(unguided) < len(call):
             inverting = PipelineDenoiser(self.pipe, **own, **unguided)
         numbers = {"gamma": gamma, "injection": injection, "mu": mu, "nu": nu, "boundary": boundary}
@@ -231,7 +232,3 @@ class _Between:
             return torch.lerp(one(x, t), other(x, t), weights)
 
         return outputs
-
-
-def _guides(name: str) -> bool:
-    return "guidance_scale" in name or name.endswith("cfg_scale") or name == "pag_scale"

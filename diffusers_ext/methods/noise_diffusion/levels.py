@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
+from diffusers_ext.generation.stepping import current_config
+
 __all__ = ["FlowLevels", "Levels", "NoiseLevels", "any_levels", "check_steps", "flow_levels", "noise_levels"]
 
 
@@ -194,7 +196,7 @@ def any_levels(
     if not isinstance(scheduler, DDIMScheduler):
         spacing = config.get("timestep_spacing", "leading")
         spacing = "leading" if spacing == "linspace" else spacing
-        ddim: Any = DDIMScheduler.from_config(config, timestep_spacing=spacing)
+        ddim: Any = DDIMScheduler.from_config(current_config(scheduler), timestep_spacing=spacing)
         ddim.alphas_cumprod = alphas_cumprod
         ddim.final_alpha_cumprod = 1.0 if ddim.config.set_alpha_to_one else alphas_cumprod[0]
         scheduler = ddim
@@ -222,7 +224,7 @@ def flow_levels(
         own: Any = copy.copy(scheduler)
     else:
         shift = config.get("flow_shift", config.get("shift", 1.0))
-        own = FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
+        own = FlowMatchEulerDiscreteScheduler.from_config(current_config(scheduler), shift=shift)
     own.set_timesteps(**(arguments or {"num_inference_steps": num_inference_steps}))
     sigmas, timesteps = own.sigmas.double().tolist()[::-1], own.timesteps.tolist()[::-1]
     rising = all(here <= there for here, there in zip(sigmas, sigmas[1:], strict=False))

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import torch
 
+from diffusers_ext.hub.adapters import check_text_encoder_lora
+
 from .base import InterpolationPipeline, NoiseDiffusionPipelineOutput, by_pair, pieces
 from .condition import Condition, TextNetwork
 from .levels import noise_levels
@@ -41,6 +43,15 @@ class TextInterpolationPipeline(InterpolationPipeline):
         """
         scale = self._guidance_scale
         return scale != 1.0 if scale == self._begun_with else scale > 1.0
+
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
+        """Loads LoRA weights as the stock pipeline does.
+
+        Raises:
+            ValueError: some are a text encoder's, and the installed peft is too old for them.
+        """
+        check_text_encoder_lora(self, pretrained_model_name_or_path_or_dict, **kwargs)
+        super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **kwargs)  # type: ignore[misc]
 
     def _begin(self, scale: float) -> None:
         self._guidance_scale = self._begun_with = scale

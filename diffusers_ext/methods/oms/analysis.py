@@ -44,7 +44,8 @@ def terminal_snr(scheduler: Any) -> float:
         cls = getattr(diffusers, str(name), None)
         if cls is None or not hasattr(cls, "from_config"):
             raise ValueError(f"`scheduler` must be a scheduler or a config with its `_class_name`, got {name!r}.")
-        scheduler = cls.from_config(scheduler)
+        # The values that it notes as defaults hold too: they may have been given by position.
+        scheduler = cls.from_config({k: v for k, v in scheduler.items() if k != "_use_default_values"})
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is not None:
         last = float(alphas[-1])

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
 from diffusers_ext.generation.text import encode, find_encoders
+from diffusers_ext.hub.adapters import check_text_encoder_lora
 from diffusers_ext.hub.loading import SafePipeline
 
 from . import base as bases
@@ -405,6 +406,15 @@ class OMSPipeline(SafePipeline):
     @property
     def _exclude_from_cpu_offload(self) -> list[str]:  # type: ignore[override]
         return getattr(self.sd_pipeline, "_exclude_from_cpu_offload", [])
+
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
+        """Loads LoRA weights into the base pipeline, as its own method does.
+
+        Raises:
+            ValueError: some are a text encoder's, and the installed peft is too old for them.
+        """
+        check_text_encoder_lora(self.sd_pipeline, pretrained_model_name_or_path_or_dict, **kwargs)
+        self.sd_pipeline.load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **kwargs)
 
     def remove_all_hooks(self) -> None:
         """Removes the hooks of offloading from the module and the base pipeline."""

@@ -127,6 +127,12 @@ class OMSRecipe(Recipe[OMSConfig]):
                 f"`label_column` must name a column of class labels for this base, got {config.label_column!r}; the "
                 f"data has {self.data.column_names}."
             )
+        usable = (self.classes or 0) - (self.null_class_label is not None)
+        if self.classes and self.data.num_classes > usable:
+            raise ValueError(
+                f"`label_column` must name a column of at most {usable} classes, as this base knows, got "
+                f"{config.label_column!r} with {self.data.num_classes}."
+            )
         if not config.precompute:
             return self.data
         names = ("pretrained_model_name_or_path", "resolution", "channels", "max_train_samples", "caption_column")

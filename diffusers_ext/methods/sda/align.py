@@ -152,6 +152,7 @@ def align(
     generator: torch.Generator | list[torch.Generator] | None = None,
     low_pass: LowPass | None = None,
     callback: Callable[[int, int, torch.Tensor], torch.Tensor | None] | None = None,
+    interrupted: Callable[[], bool] | None = None,
 ) -> torch.Tensor:
     """Pulls images to the domain of a diffusion model while their low frequencies stay.
 
@@ -165,6 +166,7 @@ def align(
         low_pass: the filter, to reuse it over calls; by default it is made here.
         callback: called as `(index, timestep, z)` after every step, index 0 first; a tensor that it returns replaces
             z.
+        interrupted: asked before every step; once it answers yes, z is returned as it is.
 
     Returns:
         Adapted images of the same shape and dtype, in [-1, 1].
@@ -204,6 +206,8 @@ def align(
 
     z = math.sqrt(schedule.abar[start]) * x + math.sqrt(1 - schedule.abar[start]) * noise()
     for i in range(start - 1, -1, -1):
+        if interrupted is not None and interrupted():
+            break
         x0, variance, gradient = _guided(unet, schedule, i, z, low_pass, reduced, config)
         z_next = schedule.mean(i, z, x0, config.sampler)
         if i and config.sampler == "ddpm":

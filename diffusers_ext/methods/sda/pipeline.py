@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from diffusers_ext.data.reading import read_images
+from diffusers_ext.generation.stepping import callback_names
 from diffusers_ext.hub.loading import SafePipeline
 from diffusers_ext.metrics.features import ImageClassifierFeatures
 
@@ -119,7 +120,7 @@ class SDATTAPipeline(SafePipeline):
         )
         self.classifier, self.adapted_classifier = classifier, adapted_classifier
         self.register_to_config(alignment={k: getattr(settings, k) for k in AlignConfig.__dataclass_fields__})
-        self._num_timesteps = 0
+        self._num_timesteps, self._interrupt = 0, False
         self._filters: dict[Any, LowPass] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -167,6 +168,11 @@ class SDATTAPipeline(SafePipeline):
         """The number of network calls of the present call."""
         return self._num_timesteps
 
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has stopped the present call, by `pipeline._interrupt = True`."""
+        return self._interrupt
+
     def _classifier(self, name: str) -> Any:
         plain = self._callables[name]
         return getattr(self, name) if plain is None else plain
@@ -177,7 +183,6 @@ class SDATTAPipeline(SafePipeline):
         resize: str,
         output_type: str,
         batch_size: int | None,
-        callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
         """Checks the arguments of a call.
 
@@ -195,11 +200,6 @@ class SDATTAPipeline(SafePipeline):
             raise ValueError(f"`output_type` must be one of ['pil', 'np', 'pt'], got {output_type!r}.")
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f"`batch_size` must be an integer >= 1 or left out, got {batch_size!r}.")
-        if any(name not in self._callback_tensor_inputs for name in callback_on_step_end_tensor_inputs):
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be a subset of {self._callback_tensor_inputs}, got "
-                f"{callback_on_step_end_tensor_inputs}."
-            )
 
     @torch.no_grad()
     def __call__(
@@ -231,7 +231,8 @@ class SDATTAPipeline(SafePipeline):
                 channels, height, width)` in [0, 1].
             return_dict: return an `SDATTAOutput` instead of a tuple.
             callback_on_step_end: called as `(pipeline, step, timestep, {"latents": ...})` after every step; the
-                latents it returns are used.
+                latents it returns are used. `pipeline._interrupt = True` stops: what is not adapted by then is
+                classified as it is. Diffusers' callbacks work.
             callback_on_step_end_tensor_inputs: names passed to it.
 
         Returns:
@@ -240,20 +241,24 @@ class SDATTAPipeline(SafePipeline):
         Raises:
             ValueError: an argument is wrong; the message names it.
         """
-        self.check_inputs(ensemble, resize, output_type, batch_size, callback_on_step_end_tensor_inputs)
+        self.check_inputs(ensemble, resize, output_type, batch_size)
+        tensors = callback_names(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        )
         settings = align_settings({**self.config["alignment"], **(alignment or {})})
         x = to_tensor(images, self.unet.config.sample_size, self.unet.config.in_channels, resize)
         if isinstance(generator, list) and len(generator) != len(x):
             raise ValueError(f"`generator` must be one generator or a list of {len(x)}, got {len(generator)}.")
         device = self._execution_device
         step = batch_size or len(x)
-        self._num_timesteps = settings.calls if ensemble != "source" else 0
+        self._num_timesteps, self._interrupt = settings.calls if ensemble != "source" else 0, False
 
         def report(index: int, timestep: int, z: torch.Tensor) -> torch.Tensor | None:
             bar.update()
             if callback_on_step_end is None:
                 return None
-            return callback_on_step_end(self, index, timestep, {"latents": z}).get("latents", z)
+            given = {name: z for name in tensors}
+            return callback_on_step_end(self, index, timestep, given).get("latents", z)
 
         logits, adapted = [], []
         total = self._num_timesteps * -(-len(x) // step)
@@ -263,14 +268,19 @@ class SDATTAPipeline(SafePipeline):
                 own = generator[first : first + step] if isinstance(generator, list) else generator
                 view = None
                 if ensemble != "source":
-                    view = align(
-                        self.unet,
-                        self.scheduler,
-                        part,
-                        settings,
-                        generator=own,
-                        low_pass=self._filter(settings.factor, device),
-                        callback=report,
+                    view = (
+                        part
+                        if self._interrupt
+                        else align(
+                            self.unet,
+                            self.scheduler,
+                            part,
+                            settings,
+                            generator=own,
+                            low_pass=self._filter(settings.factor, device),
+                            callback=report,
+                            interrupted=lambda: self._interrupt,
+                        )
                     )
                     adapted.append(view)
                 logits.append(self._logits(part, view, ensemble))

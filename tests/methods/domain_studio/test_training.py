@@ -185,7 +185,10 @@ def test_the_script_makes_a_repo(folder, tmp_path):
         ({"channels": 3}, "`channels` must be 1, as"),
         ({"pair_weight": -1.0}, "`pair_weight` must be a number >= 0, got -1.0"),
         ({"pretrained_model_name_or_path": "classes"}, "must be a model without classes, got .* with 3"),
-        ({"pretrained_model_name_or_path": "text"}, "must be a pipeline with a `UNet2DModel`"),
+        (
+            {"pretrained_model_name_or_path": "text"},
+            r"StableDiffusionPipeline with \['text_encoder'\]: .*domain_studio_text",
+        ),
         ({"pretrained_model_name_or_path": "blind"}, "must have a scheduler .* got .*blind.* that ends at zero SNR"),
         ({"pretrained_model_name_or_path": "karras"}, "must have a scheduler .* with EDMEulerScheduler"),
         (

@@ -4,9 +4,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback, SDXLCFGCutoffCallback
+from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from diffusers_ext import (
+    OMSPipeline,
     StableDiffusionNoiseDiffusionPipeline,
     StableDiffusionXLNoiseDiffusionPipeline,
     noise_diffusion_mix,
@@ -442,6 +444,26 @@ def test_refusals_come_before_any_work(change, message):
         pipeline(**{"image_0": A, "image_1": B, **QUICK, **change})
     assert calls == []
     assert encoded == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_of_text_encoders_is_refused_before_any_is_loaded(kind, monkeypatch, tmp_path):
+    """Transformers would refuse them once the network's are in."""
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "99.0")
+    pipeline = KINDS[kind]()
+    name = next(n for n, m in pipeline.unet.named_modules() if n.endswith("to_q"))
+    width = pipeline.unet.get_submodule(name).in_features
+    unet = {f"unet.{name}.lora_{x}.weight": torch.ones(s) for x, s in (("A", (1, width)), ("B", (width, 1)))}
+    text = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(1, 16)}
+    save_file({**unet, **text}, tmp_path / "pytorch_lora_weights.safetensors")
+    message = r"LoRA weights of the network alone, or peft be at least 99.0, .* of \['text_encoder'\]"
+    for made in (pipeline, OMSPipeline(None, pipeline)):
+        for weights in ({**unet, **text}, tmp_path):
+            with pytest.raises(ValueError, match=message):
+                made.load_lora_weights(weights)
+    assert not any("lora" in key for key in pipeline.unet.state_dict())
+    pipeline.load_lora_weights(unet)
+    assert any("lora" in key for key in pipeline.unet.state_dict())
 
 
 def test_refused_components():

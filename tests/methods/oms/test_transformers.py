@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderTiny,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
@@ -17,9 +18,10 @@ from diffusers import (
 from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import ASPECT_RATIO_256_BIN
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
-from diffusers_ext import OMSPipeline, OMSUNet2DModel
+from diffusers_ext import OMSPipeline, OMSUNet2DModel, load_images
 from diffusers_ext.generation.text import encode
 from diffusers_ext.methods.oms.base import bind, latent_shape
 from tests.tiny_pipelines import VOCAB, autoencoder, build, pixart_sigma, seeded, t5
@@ -275,3 +277,33 @@ def test_flat_pictures_are_learned(folder, tmp_path, name):
 def test_flow_models_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="flow matching starts from pure noise in training too"):
         train(settings(folder, "SanaPipeline", tmp_path))
+
+
+def test_autoencoders_without_a_posterior(folder, tmp_path):
+    base = build("DiTPipeline")
+    widths = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    base.vae = seeded(lambda: AutoencoderTiny(**widths, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)))
+    base.save_pretrained(tmp_path / "base")
+    changes = {"train_data_dir": str(folder / "classes"), "module_config": str(folder / "pixels.json")}
+    result, losses = train(
+        settings(
+            folder, "DiTPipeline", tmp_path / "out", **changes, max_train_steps=1,
+            pretrained_model_name_or_path=str(tmp_path / "base"),
+        )
+    )  # fmt: skip
+    assert result.steps == 1
+    data = load_images(train_data_dir=str(folder / "classes"), resolution=16)
+    latents = base.vae.encode(torch.stack([item["pixel_values"] for item in data])).latents
+    assert losses[0] > 0
+    columns = load_file(next((tmp_path / "out").glob("precomputed-*/*.safetensors")))
+    torch.testing.assert_close(columns["latent_mean"], latents)
+    assert (columns["latent_std"] == 0).all()
+
+
+def test_more_classes_than_the_base_knows(folder, tmp_path):
+    """The null label is none of them."""
+    labels = np.arange(1001)
+    np.savez(tmp_path / "data.npz", images=np.zeros((1001, 16, 16, 3), np.uint8), labels=labels)
+    changes = {"train_data_dir": str(tmp_path / "data.npz"), "module_config": str(folder / "pixels.json")}
+    with pytest.raises(ValueError, match="`label_column` must name a column of at most 1000 classes, .* with 1001"):
+        train(settings(folder, "DiTPipeline", tmp_path / "out", **changes, max_train_steps=1))

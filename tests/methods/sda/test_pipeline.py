@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 
 from diffusers_ext import AlignConfig, ImageClassifierFeatures, SDATTAPipeline, align, ensemble_logits
@@ -181,6 +182,53 @@ def test_callback_sees_every_step_and_changes_it():
     output = make()(IMAGES, generator=seeded(3), callback_on_step_end=callback, output_type="pt")
     assert seen == [(0, 222), (1, 111), (2, 0)]
     assert (output.images == 0.5).all()
+
+
+def test_a_callback_stops_the_call():
+    """What is not adapted by then stays: images of a later batch as they came."""
+    seen = []
+
+    def stop(pipeline, step, timestep, tensors):
+        seen.append(tensors["latents"])
+        pipeline._interrupt = step == 1
+        return {}
+
+    pipeline = make()
+    output = pipeline(IMAGES, batch_size=2, generator=seeded(3), callback_on_step_end=stop, output_type="pt")
+    assert len(seen) == 2
+    torch.testing.assert_close(output.images[:2], (seen[-1].clamp(-1, 1) + 1) / 2)
+    torch.testing.assert_close(output.images[2:], IMAGES[2:])
+    assert pipeline.interrupt
+    pipeline(IMAGES[:1], generator=seeded(1))
+    assert not pipeline.interrupt
+
+
+class Halving(PipelineCallback):
+    tensor_inputs = ["latents"]
+
+    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+        return {"latents": callback_kwargs["latents"] / 2}
+
+
+class WithoutTensors(PipelineCallback):
+    tensor_inputs = []
+
+    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+        return callback_kwargs
+
+
+def test_callbacks_of_diffusers():
+    """They say themselves which tensors they want."""
+    call = {"generator": seeded(3), "output_type": "pt"}
+    expected = make()(IMAGES, **call, callback_on_step_end=lambda p, i, t, given: {"latents": given["latents"] / 2})
+    for callback in (Halving(), MultiPipelineCallbacks([WithoutTensors(), Halving()])):
+        found = make()(IMAGES, **{**call, "generator": seeded(3)}, callback_on_step_end=callback)
+        torch.testing.assert_close(found.images, expected.images)
+    seen = []
+    without = WithoutTensors()
+    without.callback_fn = lambda pipeline, step, timestep, given: seen.append(given) or {}
+    make()(IMAGES, callback_on_step_end=without)
+    assert seen == [{}] * 3
 
 
 @pytest.mark.parametrize(
