@@ -81,9 +81,10 @@ def size_note(network: nn.Module, config: TrainConfig, only_trained: bool, advic
     disk = 4 * (held + trained * (optimizer_floats(config.optimizer) + config.use_ema))
     kept = config.checkpoints_total_limit
     part = "" if trained == count else f", {_short(trained).rstrip()} of them trained"
+    files = "all are kept (--checkpoints_total_limit)" if kept is None else f"{kept} are kept"
     return (
         f"{type(network).__name__}: {_short(count).rstrip()} parameters{part}; a checkpoint takes about "
-        f"{_short(disk)}B of disk, {'all are kept (--checkpoints_total_limit)' if kept is None else f'{kept} are kept'}"
+        f"{_short(disk)}B of disk, {files}"
         + (f"; {advice}" if advice else "")
     )
 
