@@ -84,8 +84,7 @@ def size_note(network: nn.Module, config: TrainConfig, only_trained: bool, advic
     files = "all are kept (--checkpoints_total_limit)" if kept is None else f"{kept} are kept"
     return (
         f"{type(network).__name__}: {_short(count).rstrip()} parameters{part}; a checkpoint takes about "
-        f"{_short(disk)}B of disk, {files}"
-        + (f"; {advice}" if advice else "")
+        f"{_short(disk)}B of disk, {files}" + (f"; {advice}" if advice else "")
     )
 
 
