@@ -57,9 +57,9 @@ def test_sixteen_bit_colours_are_refused(tmp_path):
     header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
     parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
-    with Image.open(tmp_path / "deep.png") as image:
-        with pytest.raises(ValueError, match="`image` must hold .*of 16-bit colours Pillow keeps 8 bits"):
-            read_images(image, "image")
+    message = "`image` must hold .*of 16-bit colours Pillow keeps 8 bits"
+    with Image.open(tmp_path / "deep.png") as image, pytest.raises(ValueError, match=message):
+        read_images(image, "image")
     found = read_images(colours.astype(np.uint16), "image")[0]
     np.testing.assert_allclose(found, colours.transpose(2, 0, 1) / 65535, atol=1e-7)
 
