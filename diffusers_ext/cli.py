@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -23,7 +24,10 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, (text, _) in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)  # for the list: each command parses its own words
-    COMMANDS[parser.parse_args(words[:1]).command][1](words[1:])
+    try:
+        COMMANDS[parser.parse_args(words[:1]).command][1](words[1:])
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

@@ -113,3 +113,16 @@ def test_the_shipped_launch_configuration_leaves_no_default_unset(caplog, monkey
 
     assert warnings_of()
     assert not warnings_of("--config_file", str(shipped_configs()["single"]))
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch):
+    """`diffusers-ext info | head -1`."""
+
+    def broken(words):
+        raise BrokenPipeError
+
+    closed = []
+    monkeypatch.setitem(cli.COMMANDS, "info", ("", broken))
+    monkeypatch.setattr(cli.os, "dup2", lambda *files: closed.append(files))
+    cli.main(["info"])
+    assert len(closed) == 1

@@ -88,7 +88,13 @@ class PipelineDenoiser(nn.Module):
         return self._dtypes[stored]
 
     def latents_shape(self, batch: int) -> tuple[int, ...]:
-        """Returns the shape of x: that of the latents in which the pipeline's loop steps, packed or not."""
+        """Returns the shape of x: that of the latents in which the pipeline's loop steps, packed or not.
+
+        Raises:
+            ValueError: `batch` is no integer >= 0, or the pipeline makes no latents of this size.
+        """
+        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 0:
+            raise ValueError(f"`batch` must be an integer >= 0, got {batch!r}.")
         latents = self._entered().latents
         if latents is None or latents.shape[0] != 1:
             found = None if latents is None else tuple(latents.shape)
@@ -109,13 +115,8 @@ class PipelineDenoiser(nn.Module):
         Returns:
             Conditions on the encoders' device. They fit every size, and need the encoders no more.
         """
-        if isinstance(prompts, str) or not len(prompts):
-            raise ValueError(f"`prompts` must be a list of at least one prompt, got {prompts!r}.")
         has_text = self._stock.prompt_key == "prompt"
-        kind = str if has_text else int
-        wrong = [prompt for prompt in prompts if not isinstance(prompt, kind)]
-        if wrong:
-            raise ValueError(f"`prompts` must be a list of {kind.__name__} for {self._stock.name}, got {wrong[0]!r}.")
+        self._stock.check_prompts(prompts)
         recorded: dict[Any, list[Any]] = {}
         for prompt in dict.fromkeys(prompts):
             recorded[prompt] = []
@@ -129,7 +130,15 @@ class PipelineDenoiser(nn.Module):
 
     @staticmethod
     def join(conditions: list[Conditions]) -> Conditions:
-        """Joins conditions to one batch; prompts of unequal length get a mask."""
+        """Joins conditions to one batch; prompts of unequal length get a mask.
+
+        Raises:
+            ValueError: there are none, or they are of pipelines that encode otherwise.
+        """
+        if not isinstance(conditions, list | tuple) or not conditions:
+            raise ValueError(f"`conditions` must be a list of at least one `Conditions`, got {conditions!r}.")
+        for other in conditions:
+            _check_conditions(other, conditions[0])
         joined = conditions[0]
         for other in conditions[1:]:
             joined = joined + other
@@ -157,7 +166,10 @@ class PipelineDenoiser(nn.Module):
             ValueError: shapes do not fit, the pipeline's parts were exchanged, or its loop does other than hand the
                 latents to the network and the output to the scheduler.
         """
+        if not (isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim):
+            raise ValueError(f"`x` must be a tensor of floats, got {_kind(x)}.")
         batch = len(x)
+        _check_conditions(conditions, self._sample)
         if len(conditions) not in (1, batch):
             raise ValueError(f"`conditions` must be of 1 or {batch} prompts, as x has samples, got {len(conditions)}.")
         self._sample = self._sample or conditions[0]
@@ -166,9 +178,7 @@ class PipelineDenoiser(nn.Module):
                 f"`x` must have the shape {self.latents_shape(batch)} at the height and width of this denoiser (one "
                 f"serves one size), got {tuple(x.shape)}."
             )
-        t = torch.as_tensor(t).flatten()
-        if len(t) not in (1, batch):
-            raise ValueError(f"`t` must be one timestep or one for each of {batch} samples, got {len(t)}.")
+        t = self._timesteps(t, batch)
         conditions = conditions.repeat(batch)
         alone = len(t) > 1 and self.one_timestep
         keys = list(zip(t.tolist() if alone else [0] * batch, conditions.lengths, strict=True))
@@ -180,6 +190,21 @@ class PipelineDenoiser(nn.Module):
             for rows in groups
         ]
         return torch.cat(parts)[torch.tensor(sum(groups, []), device=x.device).argsort()]
+
+    def _timesteps(self, t: Any, batch: int) -> torch.Tensor:
+        """Returns `(1,)` or `(batch,)` timesteps; those on another device than the CPU are not looked at."""
+        last = self.scheduler.config.get("num_train_timesteps")
+        accepted = "numbers" if last is None else f"numbers in 0..{last}, the scheduler's timesteps"
+        try:
+            times = torch.as_tensor(t).flatten()
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"`t` must hold {accepted}, got {_kind(t)}.") from None
+        if len(times) not in (1, batch):
+            raise ValueError(f"`t` must be one timestep or one for each of {batch} samples, got {len(times)}.")
+        whole = times.dtype != torch.bool and not times.is_complex()
+        if not whole or (times.device.type == "cpu" and not _within(times, last)):
+            raise ValueError(f"`t` must hold {accepted}, got {times.tolist()}.")
+        return times
 
     @property
     def one_timestep(self) -> bool:
@@ -196,20 +221,22 @@ class PipelineDenoiser(nn.Module):
         return self._one_timestep
 
     @torch.no_grad()
-    def encode_images(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    def encode_images(
+        self, images: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> torch.Tensor:
         """Encodes images to latents in which the pipeline's loop steps.
 
         The way from the autoencoder's latents is learned from the pipeline's own decoding, once.
 
         Args:
             images: `(batch, 3, height, width)` in `[-1, 1]`.
-            generator: draws from the autoencoder's posterior; its mode is taken without one.
+            generator: draws from the autoencoder's posterior; its mode is taken without one. Or a list, one an image.
 
         Returns:
             `latents_shape(batch)` in fp32.
 
         Raises:
-            ValueError: the images have another size, or the pipeline gives no way from images to its latents.
+            ValueError: the images have another size or range, or the pipeline gives no way from images to its latents.
         """
         return self._image_latents().encode(images, generator)
 
@@ -315,3 +342,26 @@ class PipelineDenoiser(nn.Module):
 
     def _noise(self, batch: int) -> torch.Tensor:
         return torch.randn(self.latents_shape(batch), generator=torch.Generator().manual_seed(0)).to(self.device)
+
+
+def _kind(value: Any) -> str:
+    """Says what a wrong value is."""
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return repr(value) if isinstance(value, str | int | float | None) else type(value).__name__
+
+
+def _within(times: torch.Tensor, last: float | None) -> bool:
+    """Whether timesteps are finite and of the scheduler's range."""
+    finite = bool(torch.isfinite(times).all())
+    return finite and (last is None or bool((times >= 0).all() and (times <= last).all()))
+
+
+def _check_conditions(conditions: Any, like: Conditions | None) -> None:
+    if not isinstance(conditions, Conditions):
+        raise ValueError(f"`conditions` must be what `encode_prompts` returned, got {_kind(conditions)}.")
+    if like is not None and len(conditions) and conditions.layout != like.layout:
+        raise ValueError(
+            "`conditions` must be of this pipeline, got some of another: `encode_prompt` returned "
+            f"{conditions.layout} values, here {like.layout}."
+        )

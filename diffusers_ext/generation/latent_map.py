@@ -9,10 +9,12 @@ import torch
 
 from .latents import encoder_latents, full_precision
 from .prompts import Conditions
+from .stepping import check_generator
 from .stock_call import StockCall
 
 __all__ = ["ImageLatents", "LatentMap"]
 
+SLACK = 0.02  # half precision and resampling may leave [-1, 1] by this much
 BASE = 1024  # digits of positions, exact in fp32 after any scale and shift
 
 
@@ -110,14 +112,11 @@ class ImageLatents:
         except ValueError as error:
             raise ValueError(f"{stock.name} gives no way from images to its latents: {error}") from error
 
-    def encode(self, images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    def encode(self, images: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
         """Returns latents; see `PipelineDenoiser.encode_images`."""
         wanted = tuple(self._map.shift.shape[1:])
-        if images.ndim not in (4, 5) or not images.is_floating_point():
-            raise ValueError(
-                f"`images` must be floating, (batch, channels, height, width), got {images.dtype} of shape "
-                f"{tuple(images.shape)}."
-            )
+        _check_images(images)
+        check_generator(generator, len(images))
         if images.ndim == 4 and len(wanted) == 4:
             images = images.unsqueeze(2)  # one frame
         vae = self._stock.autoencoder
@@ -134,6 +133,10 @@ class ImageLatents:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Returns images; see `PipelineDenoiser.decode`."""
+        shape = self._map.shape[1:]
+        if not isinstance(latents, torch.Tensor) or tuple(latents.shape[1:]) != tuple(shape) or not len(latents):
+            found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
+            raise ValueError(f"`latents` must have the shape (batch, {', '.join(map(str, shape))}), got {found}.")
         vae = self._stock.autoencoder
         z = self._map(latents.float())
         with full_precision(vae):
@@ -141,3 +144,15 @@ class ImageLatents:
             args, kwargs = self._decoding
             images = vae.decode(z, *args, **{**kwargs, "return_dict": False})[0].float()
         return images.squeeze(2) if images.ndim == 5 else images
+
+
+def _check_images(images: Any) -> None:
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point() or images.ndim not in (4, 5):
+        tensor = isinstance(images, torch.Tensor)
+        found = f"{images.dtype} of shape {tuple(images.shape)}" if tensor else type(images).__name__
+        raise ValueError(f"`images` must be a tensor of floats (batch, 3, height, width), got {found}.")
+    if images.numel() == 0 or images.shape[1] != 3:
+        raise ValueError(f"`images` must have the shape (batch >= 1, 3, height, width), got {tuple(images.shape)}.")
+    low, high = (float(value) for value in images.detach().aminmax())
+    if not (low >= -1 - SLACK and high <= 1 + SLACK):
+        raise ValueError(f"`images` must lie in [-1, 1], got values from {low:.3g} to {high:.3g}.")

@@ -22,7 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers_ext.hub.loading import SafePipeline
 
 from .latents import decoded
-from .stepping import callback_names, scaled_input, set_timesteps, step_arguments
+from .stepping import callback_names, check_generator, scaled_input, set_timesteps, step_arguments
 
 __all__ = ["ImageGenerationPipeline"]
 
@@ -166,10 +166,7 @@ class ImageGenerationPipeline(SafePipeline):
         self._check_guidance(guidance_scale, class_labels)
         if not 0 <= guidance_rescale <= 1:
             raise ValueError(f"`guidance_rescale` must be a number in [0, 1], got {guidance_rescale!r}.")
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"`generator` must be one generator or a list of {batch_size}, got a list of {len(generator)}."
-            )
+        check_generator(generator, batch_size)
         shape = (batch_size, *self._latent_shape())
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,8 +62,15 @@ class Conditions:
             weights: one for each.
 
         Raises:
-            ValueError: two texts have unequal lengths or masks, or two labels differ: nothing lies between them.
+            ValueError: two texts have unequal lengths or masks, or two labels differ: nothing lies between them; or
+                there are not as many conditions or weights.
         """
+        count = len(self)
+        if not isinstance(other, Conditions) or len(other) != count:
+            found = len(other) if isinstance(other, Conditions) else repr(other)
+            raise ValueError(f"`other` must be conditions of {count} prompts, got {found}.")
+        if len(weights) != count or not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"`weights` must be {count} finite numbers, one a prompt, got {weights!r}.")
         mixed = []
         for i, weight in enumerate(weights):
             a, b = self.recordings[i], other.recordings[i]
@@ -71,6 +79,11 @@ class Conditions:
                 raise ValueError("class labels cannot be interpolated.")
             mixed.append(a if same else _between(a, b, weight))
         return Conditions(self.prompts, mixed, self.masked)
+
+    @property
+    def layout(self) -> list[int]:
+        """How many values each call of `encode_prompt` returned; equal for all prompts of a pipeline."""
+        return [len(call) if isinstance(call, (list, tuple, dict)) else 1 for call in self.recordings[0]]
 
     @property
     def lengths(self) -> list[tuple[int, ...]]:

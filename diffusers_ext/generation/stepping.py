@@ -10,7 +10,14 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-__all__ = ["callback_names", "current_config", "scaled_input", "set_timesteps", "step_arguments"]
+__all__ = [
+    "callback_names",
+    "check_generator",
+    "current_config",
+    "scaled_input",
+    "set_timesteps",
+    "step_arguments",
+]
 
 
 def current_config(part: Any) -> dict[str, Any]:
@@ -79,10 +86,25 @@ def callback_names(callback: Any, names: list[str], offered: list[str]) -> list[
     """Returns the names of the tensors that `callback_on_step_end` is given; Diffusers' callbacks bring their own.
 
     Raises:
-        ValueError: a name is not among those that the pipeline offers.
+        ValueError: the callback cannot be called, or a name is not among those that the pipeline offers.
     """
+    if callback is not None and not callable(callback):
+        raise ValueError(f"`callback_on_step_end` must be callable or left out, got {callback!r}.")
     if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
         names = callback.tensor_inputs
-    if any(name not in offered for name in names):
+    if not isinstance(names, list | tuple) or any(name not in offered for name in names):
         raise ValueError(f"`callback_on_step_end_tensor_inputs` must be a subset of {offered}, got {names}.")
     return names
+
+
+def check_generator(generator: Any, count: int) -> None:
+    """Checks a generator, or a list of them, one for each of `count` samples.
+
+    Raises:
+        ValueError: it is another thing, or the list has another length.
+    """
+    many = isinstance(generator, list)
+    good = len(generator) == count if many else True
+    if not good or not all(isinstance(g, torch.Generator | None) for g in (generator if many else [generator])):
+        found = f"a list of {len(generator)}" if not good else repr(generator)
+        raise ValueError(f"`generator` must be one generator or a list of {count}, got {found}.")

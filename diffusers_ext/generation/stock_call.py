@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from .seam import ENTRANCES, Call, Reached, Undecoded, copied, pipeline_class, scheduler_class
@@ -26,6 +28,8 @@ class StockCall:
     """
 
     def __init__(self, pipe: Any, given: dict[str, Any]) -> None:
+        if not isinstance(pipe, DiffusionPipeline):
+            raise ValueError(f"`pipe` must be a DiffusionPipeline, got {type(pipe).__name__}.")
         cls = type(pipe)
         self.pipe, self.name = pipe, cls.__name__
         self._function: Any = inspect.unwrap(cls.__call__)
@@ -38,7 +42,7 @@ class StockCall:
         self.autoencoder_name = next(
             (name for name, module in self._modules().items() if _is_autoencoder(module)), None
         )
-        self.arguments = self._fill(given)
+        self.given, self.arguments = given, self._fill(given)
         prepares = any(hasattr(cls, name) for name in ENTRANCES)
         self._latents_are_given = not prepares and "latents" in self._known
         self._skips_loop = prepares or self._latents_are_given
@@ -98,6 +102,14 @@ class StockCall:
             if call.stop != "step":
                 raise
             raise ValueError(f"{self.name}: its loop does not run at one timestep ({error}).") from error
+        except Exception as error:
+            if call.stop == "step" or isinstance(error, ValueError):
+                raise
+            given = ", ".join(f"{name}={value!r}" for name, value in self.given.items()) or "no arguments"
+            raise ValueError(
+                f"the call of {self.name} with {given} fails before its network is called: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         return None
 
     def run_without_loop(
@@ -159,6 +171,39 @@ class StockCall:
                 f"{self.name} has no `scheduler`, so there is no step at which its output could be taken."
             )
 
+    def _check_argument(self, name: str, value: Any) -> None:
+        """Checks the arguments that most calls have; the others are the pipeline's to check."""
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name in ("height", "width", "num_inference_steps"):
+            good, accepted = number and isinstance(value, int) and value >= 1, "an integer >= 1, or left out"
+        elif name == "generator":
+            good, accepted = isinstance(value, torch.Generator), "a torch.Generator, or left out"
+        elif guides(name):
+            good, accepted = value is None or (number and math.isfinite(value)), "a finite number, or left out"
+        else:
+            return
+        if not good:
+            raise ValueError(f"`{name}` must be {accepted}, got {value!r}.")
+
+    def check_prompts(self, prompts: Any) -> None:
+        """Checks what a denoiser is to be conditioned on.
+
+        Raises:
+            ValueError: no list, an empty one, or one of other things than texts or labels of the network.
+        """
+        kind = str if self.prompt_key == "prompt" else int
+        if not isinstance(prompts, list | tuple) or not prompts:
+            raise ValueError(f"`prompts` must be a list of at least one prompt, got {prompts!r}.")
+        for prompt in prompts:
+            if not isinstance(prompt, kind) or isinstance(prompt, bool):
+                raise ValueError(f"`prompts` must be a list of {kind.__name__} for {self.name}, got {prompt!r}.")
+        if kind is int:
+            # The transformer keeps the null label behind the classes.
+            last = getattr(self.network.config, "num_embeds_ada_norm", None)
+            if min(prompts) < 0 or (last is not None and max(prompts) > last):
+                accepted = "labels >= 0" if last is None else f"labels in 0..{last}"
+                raise ValueError(f"`prompts` must be {accepted} for {self.name}, got {list(prompts)}.")
+
     def _modules(self) -> dict[str, nn.Module]:
         components = self.pipe.components.items()
         return {name: module for name, module in components if isinstance(module, nn.Module)}
@@ -184,6 +229,8 @@ class StockCall:
         unknown = [name for name in given if name not in self._known or name in taken]
         if unknown:
             raise ValueError(f"`{unknown[0]}` is no argument that a denoiser can hand to the call of {self.name}.")
+        for name, value in given.items():
+            self._check_argument(name, value)
         defaults: dict[str, Any] = {"use_resolution_binning": False, "output_type": "pt", "return_dict": False}
         embedded = getattr(getattr(self.network, "config", None), "guidance_embeds", False)
         for name, parameter in self._known.items():

@@ -45,7 +45,7 @@ def add_lora(
         dora: train the magnitude of each target too (DoRA, arXiv 2402.09353).
 
     Raises:
-        ValueError: peft is missing, or a target names no layer; close names are listed.
+        ValueError: peft is missing, a target names no layer (close names are listed), or the rank is above theirs.
     """
     require_peft()
     from peft import LoraConfig, inject_adapter_in_model
@@ -62,13 +62,17 @@ def add_lora(
             f"`lora_targets` must name linear or convolution layers of {type(network).__name__}, got {missing}; "
             f"{'close names are' if close else 'it has'} {sorted(set(close or ends))[:12]}."
         )
+    # By whole names: an end of a name may also be that of a block, which peft refuses.
+    names = [name for name in layers if any(_matches(name, target) for target in chosen)]
+    largest = max(min(network.get_submodule(name).weight.shape[:2]) for name in names)
+    if rank > largest:
+        raise ValueError(f"`lora_rank` must be at most {largest}, the full rank of the largest layer, got {rank}.")
     network.requires_grad_(False)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
         init_lora_weights="gaussian",
-        # By whole names: an end of a name may also be that of a block, which peft refuses.
-        target_modules=[name for name in layers if any(_matches(name, target) for target in chosen)],
+        target_modules=names,
         use_dora=dora,
     )
     if hasattr(network, "add_adapter"):

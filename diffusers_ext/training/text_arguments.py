@@ -102,6 +102,8 @@ class TextToImageConfig(NoiseConfig):
         require(self.snr_gamma is None or self.snr_gamma > 0, "snr_gamma", self.snr_gamma, "a number > 0")
         steps = self.validation_inference_steps
         require(steps >= 1, "validation_inference_steps", steps, "an integer >= 1")
+        words = self.validation_prompt
+        require(words is None or bool(self.validation_prompts()), "validation_prompt", words, "a prompt, or several")
         self.call()
 
     def _check_lora(self) -> None:
@@ -122,15 +124,16 @@ class TextToImageConfig(NoiseConfig):
     def _check_data(self) -> None:
         require(not self.streaming, "streaming", self.streaming, "False: captions and sizes are read beforehand")
         require(self.channels == 3, "channels", self.channels, "3, as the pipelines' autoencoders take")
-        if self.cache_latents:
-            for name in ("random_flip",):
-                require(not getattr(self, name), name, getattr(self, name), "False with `cache_latents`")
+        flips = self.cache_latents and self.random_flip
+        require(not flips, "random_flip", self.random_flip, "False with `cache_latents`")
         require(
             self.cache_dir is None or self.cache_latents or self.cache_prompts,
             "cache_dir",
             self.cache_dir,
             "left out without `cache_latents` and `cache_prompts`",
         )
+        is_file = self.cache_dir is not None and Path(self.cache_dir).is_file()
+        require(not is_file, "cache_dir", self.cache_dir, "a folder, which need not exist yet")
         self._check_prior()
         if self.prior and self.aspect_ratio_buckets:
             raise ValueError(
@@ -171,15 +174,20 @@ class TextToImageConfig(NoiseConfig):
         """Names in `lora_targets`."""
         return None if self.lora_targets is None else [name.strip() for name in self.lora_targets.split(",")]
 
+    def validation_prompts(self) -> list[str]:
+        """Returns the prompts of sample images, none where the data's captions are taken."""
+        return [prompt.strip() for prompt in (self.validation_prompt or "").split(";") if prompt.strip()]
+
     def call(self) -> dict[str, Any]:
         """Returns the further arguments of the pipeline's call.
 
         Raises:
-            ValueError: `call_options` is no JSON object.
+            ValueError: `call_options` is no JSON object, or names the size.
         """
         try:
             options: Any = json.loads(self.call_options or "{}")
         except json.JSONDecodeError as error:
             raise ValueError(f"`call_options` must be a JSON object, got {self.call_options!r}: {error}") from error
-        require(isinstance(options, dict), "call_options", self.call_options, "a JSON object")
+        good = isinstance(options, dict) and not {"height", "width"} & options.keys()
+        require(good, "call_options", self.call_options, "a JSON object without the size, which is `resolution`'s")
         return options

@@ -22,6 +22,7 @@ from diffusers_ext.generation.prompts import Conditions
 from diffusers_ext.hub.card import RepoCard
 from diffusers_ext.hub.repo import has_lora_format, save_lora_repo, save_repo
 
+from .config import require
 from .images import image_dataset
 from .lora import add_lora, check_loads_again
 from .noise import NoiseStrategy, offset_noise
@@ -125,7 +126,10 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
                 "whose call takes no `prompt`: models of images without text are trained by `immiscible`, with "
                 "--noise gaussian for plain noise."
             )
-        self.objective = pipeline_objective(self.model.pipe.scheduler, config.snr_gamma)
+        scheduler = self.model.pipe.scheduler
+        self.objective = pipeline_objective(scheduler, config.snr_gamma)
+        steps, most = config.validation_inference_steps, scheduler.config.num_train_timesteps
+        require(steps <= most, "validation_inference_steps", steps, f"at most {most}, the scheduler's timesteps")
         multiple = self._check_resolution()
         if config.aspect_ratio_buckets:
             self.data.use_buckets(make_buckets(images, config.resolution, multiple))
@@ -394,7 +398,8 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
         call: dict[str, Any] = {"height": height, "width": width, **config.call()}
         if "use_resolution_binning" in inspect.signature(type(pipeline).__call__).parameters:
             call.setdefault("use_resolution_binning", False)
-        scale = config.validation_guidance_scale or config.guidance_scale
+        scale = config.validation_guidance_scale
+        scale = config.guidance_scale if scale is None else scale
         if scale is not None:
             call["guidance_scale"] = scale
         chosen = [prompts[i % len(prompts)] for i in range(config.num_validation_images)]
@@ -408,9 +413,8 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
         return images
 
     def _validation_prompts(self) -> list[str]:
-        if self.config.validation_prompt is not None:
-            return [prompt.strip() for prompt in self.config.validation_prompt.split(";") if prompt.strip()]
-        return [prompt for prompt in self.data.prompts if prompt.strip()]
+        given = self.config.validation_prompts()
+        return given or [prompt for prompt in self.data.prompts if prompt.strip()]
 
     def save(self, pipeline: DiffusionPipeline, folder: str, card: RepoCard, sample: Image.Image | None) -> None:
         """Writes the LoRA layers, or the whole pipeline with all but the trained network as it was."""

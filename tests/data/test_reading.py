@@ -1,5 +1,8 @@
 """Every mode and bit depth of an image is read on its own scale, by all that take images, or refused by name."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +43,25 @@ def test_sixteen_bits_in_files(tmp_path, suffix):
     data = load_images(train_data_dir=str(tmp_path), resolution=8, channels=1)
     expected = torch.from_numpy((RAMP / 257).round() / 127.5 - 1).float()[None]
     torch.testing.assert_close(data[0]["pixel_values"], expected, atol=1e-6, rtol=0)
+
+
+def chunk(kind, data):
+    body = kind + data
+    return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def test_sixteen_bit_colours_are_refused(tmp_path):
+    """Pillow would keep the upper half of them, in silence."""
+    colours = np.random.default_rng(0).integers(0, 65536, (4, 4, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in colours)
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+    message = "`image` must hold .*of 16-bit colours Pillow keeps 8 bits"
+    with Image.open(tmp_path / "deep.png") as image, pytest.raises(ValueError, match=message):
+        read_images(image, "image")
+    found = read_images(colours.astype(np.uint16), "image")[0]
+    np.testing.assert_allclose(found, colours.transpose(2, 0, 1) / 65535, atol=1e-7)
 
 
 def test_floats_in_files_keep_their_precision(tmp_path):

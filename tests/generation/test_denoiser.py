@@ -334,5 +334,75 @@ def test_refusals():
         denoiser(x, torch.tensor([1, 2, 3]), conditions)
     with pytest.raises(ValueError, match="the images have another size"):
         denoiser.encode_images(torch.zeros(1, 3, 64, 32))
-    with pytest.raises(ValueError, match="`images` must be floating"):
+    with pytest.raises(ValueError, match="`images` must be a tensor of floats"):
         denoiser.encode_images(torch.zeros(1, 3, 64, 32, dtype=torch.uint8))
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A denoiser, conditions of two prompts, and latents."""
+    denoiser = PipelineDenoiser(build("StableDiffusionPipeline"), 16, 16)
+    return denoiser, denoiser.encode_prompts(["a cat", "a red dog"]), noise((2, 4, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"height": -16}, "`height` must be an integer >= 1, or left out, got -16"),
+        ({"width": "16"}, "`width` must be an integer >= 1, or left out, got '16'"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale` must be a finite number, or left out, got nan"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` must be an integer >= 1, or left out, got 0"),
+        ({"generator": 3}, "`generator` must be a torch.Generator, or left out, got 3"),
+        ({"height": 10**9, "width": 16}, "with height=1000000000, width=16 fails before its network is called"),
+    ],
+)
+def test_wrong_arguments_of_the_call(small, call, message):
+    with pytest.raises(ValueError, match=message):
+        PipelineDenoiser(small[0].pipe, **call).latents_shape(1)
+
+
+IMAGE = torch.zeros(1, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda d, c, x: PipelineDenoiser(None), "`pipe` must be a DiffusionPipeline, got NoneType"),
+        (lambda d, c, x: d.latents_shape(-1), "`batch` must be an integer >= 0, got -1"),
+        (lambda d, c, x: d.encode_prompts(None), "`prompts` must be a list of at least one prompt, got None"),
+        (lambda d, c, x: d.join([]), "`conditions` must be a list of at least one `Conditions`"),
+        (lambda d, c, x: d.join([c, "a"]), "`conditions` must be what `encode_prompts` returned, got 'a'"),
+        (lambda d, c, x: d(None, 5, c), "`x` must be a tensor of floats, got None"),
+        (lambda d, c, x: d(x.numpy(), 5, c), "`x` must be a tensor of floats, got ndarray"),
+        (
+            lambda d, c, x: d(x.long(), 5, c),
+            r"`x` must be .* floats, got torch.int64 of shape \(2, 4, 8, 8\)",
+        ),
+        (lambda d, c, x: d(x, 5, ["a", "b"]), "`conditions` must be what `encode_prompts` returned, got list"),
+        (lambda d, c, x: d(x, 5, Conditions([1, 2], [[], []])), "`conditions` must be of this pipeline, got some"),
+        (lambda d, c, x: d(x, None, c), r"`t` must hold numbers in 0..1000, the scheduler's timesteps, got None"),
+        (lambda d, c, x: d(x, float("nan"), c), r"`t` must hold numbers in 0..1000, .*, got \[nan\]"),
+        (lambda d, c, x: d(x, -1, c), r"`t` must hold numbers in 0..1000, .*, got \[-1\]"),
+        (lambda d, c, x: d(x, torch.tensor([1, 2000]), c), r"`t` must hold .*, got \[1, 2000\]"),
+        (lambda d, c, x: d.encode_images(None), "`images` must be a tensor of floats .*, got NoneType"),
+        (lambda d, c, x: d.encode_images(IMAGE[:, :1]), r"`images` must have the shape \(batch >= 1, 3, height"),
+        (lambda d, c, x: d.encode_images(IMAGE[:0]), r"`images` must have the shape \(batch >= 1, 3, height"),
+        (lambda d, c, x: d.encode_images(IMAGE + 255), r"`images` must lie in \[-1, 1\], got values from 255 to 255"),
+        (lambda d, c, x: d.encode_images(IMAGE / 0), r"`images` must lie in \[-1, 1\], got values from nan to nan"),
+        (lambda d, c, x: d.encode_images(IMAGE, 3), "`generator` must be one generator or a list of 1, got 3"),
+        (lambda d, c, x: d.decode(x[:, :2]), r"`latents` must have the shape \(batch, 4, 8, 8\), got \(2, 2, 8, 8\)"),
+        (lambda d, c, x: c.interpolated(c, [0.5]), r"`weights` must be 2 finite numbers, one a prompt, got \[0.5\]"),
+        (lambda d, c, x: c.interpolated(c[:1], [0.5, 1]), "`other` must be conditions of 2 prompts, got 1"),
+    ],
+)
+def test_wrong_input_is_one_sentence(small, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*small)
+
+
+def test_labels_beyond_the_network():
+    denoiser = PipelineDenoiser(build("DiTPipeline"))
+    assert denoiser.encode_prompts([1000]).prompts == [1000]  # the null label
+    for label in (-1, 1001, True):
+        with pytest.raises(ValueError, match="`prompts` must be "):
+            denoiser.encode_prompts([label])

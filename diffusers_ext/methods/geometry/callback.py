@@ -48,7 +48,10 @@ class SteinResidualCallback(Callback):
     def __init__(
         self, every: int = 500, num_images: int = 64, num_sigmas: int = 8, num_draws: int = 1, batch_size: int = 64
     ) -> None:
-        for name, value, least in (("every", every, 1), ("num_images", num_images, 2), ("num_sigmas", num_sigmas, 1)):
+        least_of = {"every": 1, "num_images": 2, "num_sigmas": 1, "num_draws": 1, "batch_size": 1}
+        for (name, least), value in zip(
+            least_of.items(), (every, num_images, num_sigmas, num_draws, batch_size), strict=True
+        ):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"`{name}` must be an integer >= {least}, got {value!r}.")
         self.every, self.num_images, self.num_sigmas = every, num_images, num_sigmas

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from .draws import check_images, check_sigmas, denoising_moments, image_seeds, rows_of
+from .draws import check_images, check_sigmas, check_tolerance, denoising_moments, image_seeds, rows_of
 from .field import ScoreField
 from .flow import flow_jacobian, probability_flow
 from .gauge import SteinResidual
@@ -73,6 +73,13 @@ def find_plateau(
         >>> round(find_plateau(sigmas, plane, dim=64)[1], 2)
         3.0
     """
+    shapes = {name: getattr(value, "shape", None) for name, value in (("sigmas", sigmas), ("curve", curve))}
+    if None in shapes.values() or shapes["sigmas"] != shapes["curve"] or len(shapes["sigmas"]) != 1:
+        raise ValueError(f"`sigmas` and `curve` must be tensors of one shape (sigmas,), got {shapes}.")
+    if masked is not None and (masked.dtype != torch.bool or masked.shape != sigmas.shape):
+        raise ValueError(f"`masked` must be bool of the shape {tuple(sigmas.shape)}, got {masked!r}.")
+    if dim < 1:
+        raise ValueError(f"`dim` must be an integer >= 1, got {dim!r}.")
     if len(sigmas) < 2:
         return None
     sigmas, curve = sigmas.double().cpu(), curve.double().cpu()
@@ -127,17 +134,18 @@ def local_dimension(
     """
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
-    check_images(x, batch_size)
+    check_images(field, x, batch_size)
     dim = x[0].numel()
     if dim > LARGEST.get(method, dim):
         raise ValueError(f"`x` must have at most {LARGEST[method]} values an image for {method!r}, got {dim}.")
     draws = num_draws if num_draws is not None else 8 * dim if method == "normal_bundle" else 32
-    check_images(x, batch_size, num_draws=(draws, 2), num_steps=(num_steps, 2))
+    check_images(field, x, batch_size, num_draws=(draws, 2), num_steps=(num_steps, 2))
     levels = check_sigmas(field, sigmas)
     if method == "lidl" and len(levels) < 2:
         raise ValueError(f"`sigmas` must be two or more for 'lidl', which takes a slope, got {levels}.")
-    if residual is not None and residual.sigmas.tolist() != levels:
-        raise ValueError("`residual` must be of the same sigmas as the dimension.")
+    if residual is not None and not (isinstance(residual, SteinResidual) and residual.sigmas.tolist() == levels):
+        raise ValueError("`residual` must be a SteinResidual of the same sigmas as the dimension.")
+    check_tolerance(tol)
     seeds = image_seeds(len(x), generator)
     if method == "lidl":
         curve = _lidl(field, x, levels, draws, batch_size, seeds, tol)
@@ -275,7 +283,7 @@ def rank_by_dimension(
     Raises:
         ValueError: an argument is wrong, or the field is a score at none of the levels.
     """
-    check_images(x, batch_size, least=2, num_draws=(num_draws, 2))
+    check_images(field, x, batch_size, least=2, num_draws=(num_draws, 2))
     found = local_dimension(field, x, sigmas=sigma, num_draws=num_draws, batch_size=batch_size, generator=generator)
     index = 0
     if sigma is None:

@@ -7,12 +7,23 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .field import ScoreField
+from .levels import as_levels
 
-__all__ = ["check_images", "check_sigmas", "default_sigmas", "denoising_moments", "image_seeds", "rows_of"]
+__all__ = [
+    "check_images",
+    "check_sigmas",
+    "check_tolerance",
+    "default_sigmas",
+    "denoising_moments",
+    "image_seeds",
+    "rows_of",
+]
 
 
 def image_seeds(count: int, generator: torch.Generator | None) -> list[int]:
     """Draws a seed for each image, one after the other: a batch is given what its images would be given alone."""
+    if not isinstance(generator, torch.Generator | None):  # one for all: it draws their seeds
+        raise ValueError(f"`generator` must be one torch.Generator or left out, got {generator!r}.")
     device = generator.device if generator is not None else "cpu"
     return [int(torch.randint(2**31, (1,), generator=generator, device=device)) for _ in range(count)]
 
@@ -89,19 +100,23 @@ def check_sigmas(field: ScoreField, sigmas: float | Sequence[float] | torch.Tens
     """
     if sigmas is None:
         return default_sigmas(field)
-    found = torch.as_tensor(sigmas, dtype=torch.float64).flatten()
+    found = as_levels(sigmas, "sigmas").flatten()
     if not len(found) or bool((found.diff() <= 0).any()):
         raise ValueError(f"`sigmas` must be one or more rising numbers, got {found.tolist()}.")
     field.at(found)
     return found.tolist()
 
 
-def check_images(x: torch.Tensor, batch_size: int, least: int = 1, **counts: tuple[int, int]) -> None:
-    """Checks images, the batch size, and counts by name, each with the least that is accepted.
+def check_images(
+    field: ScoreField, x: torch.Tensor, batch_size: int, least: int = 1, **counts: tuple[int, int]
+) -> None:
+    """Checks the field, images, the batch size, and counts by name, each with the least that is accepted.
 
     Raises:
         ValueError: one of them is wrong; the message names it.
     """
+    if not isinstance(field, ScoreField):
+        raise ValueError(f"`field` must be a ScoreField, got {type(field).__name__}.")
     if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim < 2 or len(x) < least:
         found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
         raise ValueError(f"`x` must be floats of the shape (images >= {least}, ...), got {found}.")
@@ -110,3 +125,9 @@ def check_images(x: torch.Tensor, batch_size: int, least: int = 1, **counts: tup
     for name, (value, minimum) in {"batch_size": (batch_size, 1), **counts}.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             raise ValueError(f"`{name}` must be an integer >= {minimum}, got {value!r}.")
+
+
+def check_tolerance(tol: float) -> None:
+    """Checks the tolerance of a solver."""
+    if not (isinstance(tol, int | float) and 0 < tol < 1):
+        raise ValueError(f"`tol` must be a number between 0 and 1, got {tol!r}.")

@@ -114,7 +114,12 @@ class ScoreField:
         Raises:
             ValueError: sigma is outside the levels, or arguments of the model are of another number of images.
         """
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim == 0:
+            found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ValueError(f"`x` must be floats of the shape (batch, ...), got {found}.")
         level = self.at(sigma)
+        if level.sigma.numel() != 1 and tuple(level.sigma.shape) != (len(x),):
+            raise ValueError(f"`sigma` must be one level or {len(x)}, got the shape {tuple(level.sigma.shape)}.")
         a, b = self.coefficients(sigma, x)
         t = level.t.to(x.device, _precision(x)).expand(len(x))
         return self.schedule.eps(self._output(x, t), x.to(a.dtype), a, b)

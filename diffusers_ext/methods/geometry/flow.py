@@ -9,6 +9,7 @@ import torch
 
 from .field import ScoreField
 from .jacobian import exact_jacobian
+from .levels import as_levels
 
 __all__ = ["at_y", "flow_jacobian", "probability_flow"]
 
@@ -31,7 +32,12 @@ def probability_flow(field: ScoreField, y: torch.Tensor, sigmas: Sequence[float]
 
     Returns:
         y at the last sigma.
+
+    Raises:
+        ValueError: there are fewer than two sigmas, or one is outside the levels.
     """
+    if len(field.at(as_levels(sigmas, "sigmas").flatten()).sigma) < 2:
+        raise ValueError(f"`sigmas` must be two levels or more, got {sigmas!r}.")
     for now, then in zip(sigmas, sigmas[1:], strict=False):
         first = at_y(field, y, now)
         second = at_y(field, y + (then - now) * first, then)

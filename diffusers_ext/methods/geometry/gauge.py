@@ -7,6 +7,7 @@ tells nothing, and neither does a symmetric one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +86,7 @@ def stein_residual(
     Raises:
         ValueError: fewer than two images, or another argument is wrong.
     """
-    check_images(x, batch_size, least=2, num_draws=(num_draws, 1))
+    check_images(field, x, batch_size, least=2, num_draws=(num_draws, 1))
     levels, seeds = check_sigmas(field, sigmas), image_seeds(len(x), generator)
     moments = [denoising_moments(field, x, sigma, seeds, num_draws, batch_size) for sigma in levels]
     errors, residuals = (torch.stack([pair[k].mean(1) for pair in moments], 1) for k in (0, 1))
@@ -205,9 +206,11 @@ def gauge_residual(
     Raises:
         ValueError: fewer than two images, or another argument is wrong.
     """
-    check_images(x, batch_size, least=2, num_draws=(num_draws, 1))
+    check_images(field, x, batch_size, least=2, num_draws=(num_draws, 1))
     levels, seeds = check_sigmas(field, sigmas), image_seeds(len(x), generator)
     functions = functions or TestFunctions(x[0].numel())
+    if not isinstance(functions, TestFunctions) or functions.linear.shape[1] != x[0].numel():
+        raise ValueError(f"`functions` must be TestFunctions of {x[0].numel()} values, got {functions!r}.")
     terms = [weak_terms(field, x, sigma, functions, seeds, num_draws, batch_size) for sigma in levels]
     values, norms = (torch.stack(found, 1) for found in zip(*terms, strict=True))
     return GaugeResidual.of_terms(levels, values, norms)
@@ -262,7 +265,7 @@ def conservativity(
     Raises:
         ValueError: fewer than two images or probes, or another argument is wrong.
     """
-    check_images(x, batch_size, least=2, num_probes=(num_probes, 2))
+    check_images(field, x, batch_size, least=2, num_probes=(num_probes, 2))
     levels, seeds = check_sigmas(field, sigmas), image_seeds(len(x), generator)
     columns = []
     for sigma in levels:
@@ -295,8 +298,14 @@ def gauge_transform(field: ScoreField, Q: torch.Tensor, beta: Beta = 1.0) -> Sco
     Raises:
         ValueError: Q is no antisymmetric matrix.
     """
-    if Q.ndim != 2 or Q.shape[0] != Q.shape[1] or not torch.allclose(Q, -Q.T, atol=1e-6 * float(Q.abs().max())):
-        raise ValueError(f"`Q` must be an antisymmetric (D, D) matrix, got one of shape {tuple(Q.shape)}.")
+    if not isinstance(field, ScoreField):
+        raise ValueError(f"`field` must be a ScoreField, got {type(field).__name__}.")
+    square = isinstance(Q, torch.Tensor) and Q.ndim == 2 and Q.shape[0] == Q.shape[1] and bool(torch.isfinite(Q).all())
+    if not square or not torch.allclose(Q, -Q.T, atol=1e-6 * float(Q.abs().max())):
+        found = f"one of shape {tuple(Q.shape)}" if isinstance(Q, torch.Tensor) else type(Q).__name__
+        raise ValueError(f"`Q` must be an antisymmetric (D, D) matrix of finite numbers, got {found}.")
+    if not callable(beta) and not (isinstance(beta, int | float) and math.isfinite(beta)):
+        raise ValueError(f"`beta` must be a finite number or a function of y and sigma, got {beta!r}.")
     return _Gauged(field, Q, beta)
 
 
@@ -310,6 +319,8 @@ class _Gauged(ScoreField):
 
     def eps(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         seen = self.field.eps(x, sigma)
+        if len(self.Q) != x[0].numel():
+            raise ValueError(f"`x` must have {len(self.Q)} values an image, as `Q` is for, got {x[0].numel()}.")
         Q = self.Q.to(seen)  # noqa: N806
         if not callable(self.beta):
             return seen + self.beta * (seen.flatten(1) @ Q.T).view_as(seen)
@@ -319,6 +330,8 @@ class _Gauged(ScoreField):
         with torch.enable_grad():
             y = (x if graph else x.detach().requires_grad_()) / a
             beta = self.beta(y, levels)
+            if not isinstance(beta, torch.Tensor) or beta.shape != (len(x),):
+                raise ValueError(f"`beta` must return a tensor of the shape ({len(x)},), got {beta!r}.")
             slope = torch.autograd.grad(beta.sum(), y, create_graph=graph)[0].flatten(1)
         ratio = (b / a).view(-1, 1)  # the gradient by x is that by y over a
         turned = beta.view(-1, 1) * (seen.flatten(1) @ Q.T) - ratio * (slope @ Q.T)

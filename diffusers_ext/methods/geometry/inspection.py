@@ -115,7 +115,15 @@ def inspect_model(config: InspectConfig) -> Inspection:
 
 def _load(config: InspectConfig) -> tuple[ScoreField, torch.Tensor, float]:
     """Returns the field, the images in its space, and the width of a pixel there."""
-    pipe: Any = DiffusionPipeline.from_pretrained(checked_folder(DiffusionPipeline, config.repo)).to(config.device)
+    try:
+        pipe: Any = DiffusionPipeline.from_pretrained(checked_folder(DiffusionPipeline, config.repo))
+    except Exception as error:  # the libraries raise many kinds
+        accepted = "a Hub repo or a folder of a pipeline"
+        raise ValueError(f"`repo` must be {accepted}, got {config.repo!r}: {error}") from error
+    try:
+        pipe.to(config.device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without its kind
+        raise ValueError(f"`device` must be one that torch finds here, got {config.device!r}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     unet: Any = getattr(pipe, "unet", None)
     size = config.resolution
@@ -132,6 +140,8 @@ def _load(config: InspectConfig) -> tuple[ScoreField, torch.Tensor, float]:
         raise ValueError(f"`prompt` must be given for {type(pipe).__name__}, got None.")
     vae = getattr(pipe, "vae", None)
     channels = unet.config.in_channels if vae is None else vae.config.in_channels
+    factor = latent_factor(vae) * 2 ** (len(unet.config.block_out_channels) - 1)
+    require(not (size or 0) % factor, "resolution", size, f"a multiple of {factor}: the networks halve it that often")
     data = _images(config, size or unet.config.sample_size * latent_factor(vae), channels)
     kwargs: dict[str, Any] = {}
     if getattr(unet, "class_embedding", None) is not None:
@@ -164,7 +174,10 @@ def _claim(folder: Path, config: InspectConfig) -> None:
         for name, value in settings.items():
             accepted = f"{there.get(name)!r} as in the inspection in {folder}, or `output_dir` another folder"
             require(there.get(name) == value, name, value, accepted)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"`output_dir` must be a folder that can be written, got {str(folder)!r}: {error}") from error
     path.write_text(json.dumps(settings, indent=1))
 
 

@@ -73,7 +73,7 @@ def jacobian_probes(
     Raises:
         ValueError: fewer than two probes, or another argument is wrong.
     """
-    check_images(x, batch_size, num_probes=(num_probes, 2))
+    check_images(field, x, batch_size, num_probes=(num_probes, 2))
     return probes_at(field, x, sigma, image_seeds(len(x), generator), num_probes, batch_size)
 
 
@@ -122,7 +122,7 @@ def exact_jacobian(field: ScoreField, x: torch.Tensor, sigma: float, batch_size:
     Returns:
         `(images, D, D)`, entry (i, j) the derivative of \(E_i\) by \(x_j\).
     """
-    check_images(x, batch_size)
+    check_images(field, x, batch_size)
     dim = x[0].numel()
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     jacobian = torch.empty(len(x), dim, dim, dtype=dtype, device=x.device)

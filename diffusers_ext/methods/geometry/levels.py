@@ -6,6 +6,7 @@ told by \(\sigma\), which means the same on every schedule.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-__all__ = ["Levels", "Schedule"]
+__all__ = ["Levels", "Schedule", "as_levels"]
 
 LEAST_SIGNAL = 1e-3  # levels of smaller a hold nothing of the image, and 1 / a no digits
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
@@ -48,8 +49,10 @@ class Schedule:
     """
 
     def __init__(self, scheduler: Any, prediction_type: str | None = None) -> None:
-        config = getattr(scheduler, "config", {})
-        found = prediction_type or config.get("prediction_type", "epsilon")
+        config = getattr(scheduler, "config", None)
+        if not isinstance(config, Mapping):
+            raise ValueError(f"`scheduler` must be a Diffusers scheduler, got {scheduler!r}.")
+        found = config.get("prediction_type", "epsilon") if prediction_type is None else prediction_type
         flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or (
             not hasattr(scheduler, "alphas_cumprod") and "shift" in config
         )
@@ -95,7 +98,7 @@ class Schedule:
         Raises:
             ValueError: a sigma is outside the scheduler's levels.
         """
-        sigma = torch.as_tensor(sigma, dtype=torch.float64, device="cpu")
+        sigma = as_levels(sigma, "sigma")
         low, high = float(self._sigma[0]), float(self._sigma[-1])
         outside = sigma[~((sigma >= low * (1 - 1e-6)) & (sigma <= high * (1 + 1e-6)))]
         if outside.numel():
@@ -122,6 +125,14 @@ class Schedule:
         if self.prediction_type == "sample":
             return (x - a * output) / b
         return x + a * output if self.kind == "flow" else a * output + b * x
+
+
+def as_levels(sigma: Any, name: str) -> torch.Tensor:
+    """Returns noise levels in float64; what are no numbers is a `ValueError` that names the argument."""
+    try:
+        return torch.as_tensor(sigma, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"`{name}` must be a number, or several, got {sigma!r}.") from None
 
 
 def _flow_times(scheduler: Any, length: int) -> np.ndarray:

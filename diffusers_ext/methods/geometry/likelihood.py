@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from scipy.integrate import solve_ivp
 
-from .draws import check_images, image_seeds, rows_of
+from .draws import check_images, check_tolerance, image_seeds, rows_of
 from .field import ScoreField
 from .flow import at_y
 from .jacobian import vector_jacobian
@@ -143,13 +143,12 @@ def log_likelihood(
     Warns:
         UserWarning: an image is so far off that its flow overflows; its nats are -inf.
     """
-    check_images(x, batch_size, num_probes=(num_probes, 2), num_steps=(num_steps, 2))
+    check_images(field, x, batch_size, num_probes=(num_probes, 2), num_steps=(num_steps, 2))
     if method not in ("rk45", "heun"):
         raise ValueError(f"`method` must be 'rk45' or 'heun', got {method!r}.")
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"`trace` must be 'hutchinson' or 'exact', got {trace!r}.")
-    if not 0 < tol < 1:
-        raise ValueError(f"`tol` must be a number between 0 and 1, got {tol!r}.")
+    check_tolerance(tol)
     levels = field.levels.sigma
     low, high = float(levels[0]) if sigma_min is None else float(sigma_min), float(levels[-1])
     field.at(low)

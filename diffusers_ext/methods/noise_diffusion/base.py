@@ -11,7 +11,7 @@ from diffusers.utils.outputs import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_ext.generation.latents import decoded, encoded, full_precision
-from diffusers_ext.generation.stepping import callback_names
+from diffusers_ext.generation.stepping import callback_names, check_generator
 from diffusers_ext.hub.loading import SafePipeline
 
 from .diagnostics import NoiseDiagnostics, noise_diagnostics
@@ -167,11 +167,7 @@ class Interpolation:
         """Checks what all calls share; returns the names of the tensors that the callback is given."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {list(OUTPUT_TYPES)}, got {output_type!r}.")
-        if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(
-                f"`generator` must be one generator or a list of {count}, one per noise that is drawn, got a list of "
-                f"{len(generator)}."
-            )
+        check_generator(generator, count)
         return callback_names(callback, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
     # ------------------------------------------------------------------ the work

@@ -234,7 +234,10 @@ def _check_pair(first: str, a: torch.Tensor, second: str, b: torch.Tensor) -> No
 
 def _frames(name: str, value: PerFrame, device: torch.device | None = None) -> torch.Tensor:
     """Returns one number, or one per frame, as a float64 tensor."""
-    tensor = torch.as_tensor(value, dtype=torch.float64, device=device)
+    try:
+        tensor = torch.as_tensor(value, dtype=torch.float64, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        tensor = torch.empty(0)
     if tensor.ndim > 1 or tensor.numel() == 0 or not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"`{name}` must be a number or a list of numbers, one per frame, got {value!r}.")
     return tensor

@@ -42,6 +42,11 @@ class StableDiffusionNoiseDiffusionPipeline(TextInterpolationPipeline, StableDif
         pooled = [name for name in embeds if "pooled" in name]
         if pooled:
             raise ValueError(f"`{pooled[0]}` must be left out: only Stable Diffusion XL takes them.")
+        if self.clip_skip is not None and not hasattr(self.text_encoder, "text_model"):
+            raise ValueError(
+                f"`clip_skip` must be left out, got {self.clip_skip!r}: this Diffusers looks for the text encoder's "
+                "`text_model`, which this Transformers does not have any more."
+            )
         device = self._execution_device
         encode: Any = self.encode_prompt
         told, _ = encode(

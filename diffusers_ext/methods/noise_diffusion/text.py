@@ -268,8 +268,15 @@ class TextInterpolationPipeline(InterpolationPipeline):
             ("guidance_scale", guidance_scale),
             ("inversion_guidance_scale", inversion_guidance_scale),
         ):
-            if not (isinstance(scale, int | float) and scale >= 0):
+            if not (isinstance(scale, int | float) and 0 <= scale < math.inf):
                 raise ValueError(f"`{name}` must be a number >= 0, got {scale!r}.")
+        layers = min(
+            e.config.num_hidden_layers for e in (self.text_encoder, getattr(self, "text_encoder_2", None)) if e
+        )
+        if clip_skip is not None and not (isinstance(clip_skip, int) and 0 <= clip_skip < layers):
+            raise ValueError(f"`clip_skip` must be an integer in 0..{layers - 1} or left out, got {clip_skip!r}.")
+        if not isinstance(cross_attention_kwargs, dict | None):
+            raise ValueError(f"`cross_attention_kwargs` must be a dict or left out, got {cross_attention_kwargs!r}.")
         if prompt_interpolation not in ("lerp", "slerp"):
             raise ValueError(f"`prompt_interpolation` must be 'lerp' or 'slerp', got {prompt_interpolation!r}.")
         if sample_posterior and isinstance(generator, list):

@@ -15,6 +15,8 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 
 from diffusers_ext.generation.seam import Call, Reached, copied, pipeline_class, scheduler_class
+from diffusers_ext.generation.stepping import check_generator
+from diffusers_ext.generation.stock_call import guides
 
 from .step import StartLevel, check_scheduler, start_level
 
@@ -25,6 +27,7 @@ __all__ = [
     "check_base",
     "classes",
     "first_level",
+    "is_text",
     "latent_shape",
     "network",
 ]
@@ -100,8 +103,19 @@ def bind(base: DiffusionPipeline, arguments: dict[str, Any], own: Iterable[str])
             near = difflib.get_close_matches(name, {*parameters, *own} - {name}, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"`{name}` must be an argument of {type(base).__name__} or of OMSPipeline{hint}")
+    for name, value in arguments.items():
+        if guides(name) and not (value is None or (isinstance(value, int | float) and math.isfinite(value))):
+            raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
+    latents = arguments.get("latents")
+    if not isinstance(latents, torch.Tensor | None):
+        raise ValueError(f"`latents` must be a tensor or left out, got {type(latents).__name__}.")
     defaults = {name: p.default for name, p in parameters.items() if p is not None and p.default is not p.empty}
     return {**defaults, **arguments}
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text or a list of texts."""
+    return isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(v, str) for v in value))
 
 
 def batch_size(arguments: dict[str, Any]) -> tuple[int, int]:
@@ -111,6 +125,8 @@ def batch_size(arguments: dict[str, Any]) -> tuple[int, int]:
         ValueError: there are no prompts.
     """
     prompt = arguments.get("prompt")
+    if prompt is not None and not is_text(prompt):
+        raise ValueError(f"`prompt` must be a text or a list of texts, got {prompt!r}.")
     if isinstance(prompt, str):
         prompt = [prompt]
     given = prompt if prompt is not None else arguments.get("prompt_embeds")
@@ -118,7 +134,10 @@ def batch_size(arguments: dict[str, Any]) -> tuple[int, int]:
         if len(given) == 0:
             name = "prompt_embeds" if prompt is None else "prompt"
             raise ValueError(f"`{name}` must hold at least one prompt, got none.")
-        return len(given), arguments.get("num_images_per_prompt") or 1
+        per_prompt = arguments.get("num_images_per_prompt", 1)
+        if per_prompt is not None and not (isinstance(per_prompt, int) and per_prompt >= 1):
+            raise ValueError(f"`num_images_per_prompt` must be an integer >= 1, got {per_prompt!r}.")
+        return len(given), per_prompt or 1
     labels, latents = arguments.get("class_labels"), arguments.get("latents")
     if arguments.get("batch_size") is None:
         given = latents if labels is None else labels
@@ -137,7 +156,7 @@ def latent_shape(base: Any, arguments: dict[str, Any], batch_size: int) -> tuple
         given, generator = arguments.get("latents"), arguments.get("generator")
         if given is not None and tuple(given.shape) != shape:
             raise ValueError(f"`latents` must have the shape {shape}, got {tuple(given.shape)}.")
-        _check_generators(generator, batch_size)
+        check_generator(generator, batch_size)
         return shape
     size, factor = base.unet.config.sample_size or 0, getattr(base, "vae_scale_factor", 1)
     pixels = [factor * edge for edge in ((size, size) if isinstance(size, int) else size)]
@@ -158,15 +177,8 @@ def latent_shape(base: Any, arguments: dict[str, Any], batch_size: int) -> tuple
         shape = (*shape[:2], *latents.shape[2:]) if given == [None, None] else shape
         if tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}.")
-    _check_generators(generator, batch_size)
+    check_generator(generator, batch_size)
     return shape
-
-
-def _check_generators(generator: Any, batch_size: int) -> None:
-    if isinstance(generator, list) and len(generator) != batch_size:
-        raise ValueError(
-            f"`generator` must be one generator or a list of {batch_size}, got a list of {len(generator)}."
-        )
 
 
 def _entered_shape(base: Any, arguments: dict[str, Any]) -> tuple[int, ...]:

@@ -189,6 +189,12 @@ class OMSPipeline(SafePipeline):
         bases.check_base(base)
         if oms_module is None:
             return
+        config = getattr(oms_module, "config", None)
+        if not hasattr(config, "in_channels"):
+            raise ValueError(
+                "`oms_module` must be an OMSUNet2DConditionModel, an OMSUNet2DModel or left out, got "
+                f"{type(oms_module).__name__}."
+            )
         channels, wanted = bases.network(base).config.in_channels, oms_module.config.in_channels
         if channels != wanted:
             raise ValueError(f"`sd_pipeline` must have latents of {wanted} channels as the module, got {channels}.")
@@ -218,6 +224,13 @@ class OMSPipeline(SafePipeline):
         if step not in ("ddpm", "ddim"):
             raise ValueError(f"`oms_step` must be 'ddpm' or 'ddim', got {step!r}.")
         given = [name for name, value in text.items() if value is not None]
+        for name in given:
+            if name.endswith("_embeds"):
+                good, accepted = isinstance(text[name], torch.Tensor), "a tensor (prompts, tokens, width)"
+            else:
+                good, accepted = bases.is_text(text[name]), "a text or a list of texts"
+            if not good:
+                raise ValueError(f"`{name}` must be {accepted}, got {text[name]!r}.")
         if self._takes_text:
             if labels is not None:
                 raise ValueError("`oms_class_labels` must be left out: the module takes text.")

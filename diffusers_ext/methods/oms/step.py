@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,9 +67,12 @@ def oms_step(
         >>> round(oms_step(torch.ones(1, 1, 1, 1), 0.36, torch.ones(1, 1, 1, 1)).item(), 4)
         1.4
     """
+    for name, value in (("x0_hat", x0_hat), ("noise", noise)):
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"`{name}` must be a tensor, got {type(value).__name__}.")
     if x0_hat.shape != noise.shape:
         raise ValueError(f"`noise` must have the shape {tuple(x0_hat.shape)} of `x0_hat`, got {tuple(noise.shape)}.")
-    if not 0 <= alpha_cumprod <= 1:
+    if not (isinstance(alpha_cumprod, int | float) and 0 <= alpha_cumprod <= 1):
         raise ValueError(f"`alpha_cumprod` must lie in [0, 1], got {alpha_cumprod!r}.")
     scale = 1 - alpha_cumprod if legacy_variance else math.sqrt(1 - alpha_cumprod)
     return (math.sqrt(alpha_cumprod) * x0_hat.float() + scale * noise.float()).to(noise.dtype)
@@ -117,7 +121,9 @@ def start_level(scheduler: Any) -> StartLevel:
 def check_scheduler(scheduler: Any) -> None:
     """Raises `ValueError` unless the scheduler starts from noise that a trace of the image would belong in."""
     name = type(scheduler).__name__
-    config = scheduler.config
+    config = getattr(scheduler, "config", None)
+    if not isinstance(config, Mapping):
+        raise ValueError(f"`scheduler` must be a Diffusers scheduler, got {scheduler!r}.")
     flow = config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas", False)
     if flow or name.startswith("FlowMatch"):
         raise ValueError(
@@ -149,7 +155,12 @@ def start_latents(
 
     Returns:
         A tensor of `noise`'s shape and dtype.
+
+    Raises:
+        ValueError: shapes differ, or an argument is of another kind.
     """
+    if not isinstance(level, StartLevel):
+        raise ValueError(f"`level` must be what `start_level` returned, got {level!r}.")
     start = oms_step(x0_hat, level.alpha_cumprod, noise.float(), legacy_variance)
     if level.variance_exploding:
         start = start / math.sqrt(level.alpha_cumprod)

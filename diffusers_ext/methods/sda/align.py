@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from diffusers_ext.generation.stepping import check_generator
+
 from .lowpass import LowPass, Norm
 
 __all__ = ["AlignConfig", "align"]
@@ -192,8 +194,7 @@ def align(
     config = config or AlignConfig()
     check_images(images, unet)
     schedule = _Schedule(scheduler, config.num_steps)
-    if isinstance(generator, list) and len(generator) != len(images):
-        raise ValueError(f"`generator` must be one generator or a list of {len(images)}, got {len(generator)}.")
+    check_generator(generator, len(images))
     low_pass = low_pass or LowPass((images.shape[2], images.shape[3]), config.factor, images.device)
     start = config.calls
     if start == 0:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from diffusers_ext.data.reading import read_images
-from diffusers_ext.generation.stepping import callback_names
+from diffusers_ext.generation.stepping import callback_names, check_generator
 from diffusers_ext.hub.loading import SafePipeline
 from diffusers_ext.metrics.features import ImageClassifierFeatures
 
@@ -247,8 +247,7 @@ class SDATTAPipeline(SafePipeline):
         )
         settings = align_settings({**self.config["alignment"], **(alignment or {})})
         x = to_tensor(images, self.unet.config.sample_size, self.unet.config.in_channels, resize)
-        if isinstance(generator, list) and len(generator) != len(x):
-            raise ValueError(f"`generator` must be one generator or a list of {len(x)}, got {len(generator)}.")
+        check_generator(generator, len(x))
         device = self._execution_device
         step = batch_size or len(x)
         self._num_timesteps, self._interrupt = settings.calls if ensemble != "source" else 0, False

@@ -9,11 +9,23 @@ from diffusers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    ScoreSdeVeScheduler,
     UNet2DConditionModel,
     UNet2DModel,
 )
 
-from diffusers_ext import ImageGenerationPipeline, PipelineDenoiser, ScoreField, local_dimension
+from diffusers_ext import (
+    ImageGenerationPipeline,
+    PipelineDenoiser,
+    ScoreField,
+    SteinResidualCallback,
+    find_plateau,
+    gauge_residual,
+    gauge_transform,
+    local_dimension,
+    probability_flow,
+    stein_residual,
+)
 from tests.methods.geometry.gaussian import PLANE, TIMES, gaussian_field, seeded, sigma_of
 from tests.tiny_pipelines import build
 
@@ -248,8 +260,19 @@ def test_bad_input():
         ScoreField(lambda x, t: x, DDPMScheduler(), prediction_type="noise")
     with pytest.raises(ValueError, match="`prediction_type` must be 'flow_prediction' with Flow.*, got 'epsilon'"):
         ScoreField(lambda x, t: x, FlowMatchEulerDiscreteScheduler(), prediction_type="epsilon")
-    with pytest.raises(ValueError, match="`scheduler` must have `alphas_cumprod`.*, got object"):
-        ScoreField(lambda x, t: x, object())
+    with pytest.raises(ValueError, match="`scheduler` must have `alphas_cumprod`.*, got ScoreSdeVe"):
+        ScoreField(lambda x, t: x, ScoreSdeVeScheduler())
+    for scheduler in (object(), DDPMScheduler, None):
+        with pytest.raises(ValueError, match="`scheduler` must be a Diffusers scheduler, got"):
+            ScoreField(lambda x, t: x, scheduler)
+    for sigma in ("a", None):
+        with pytest.raises(ValueError, match="`sigma` must be a number, or several, got"):
+            field.eps(x, sigma)
+    with pytest.raises(ValueError, match=r"`sigma` must be one level or 1, got the shape \(2,\)"):
+        field.eps(x, torch.tensor([0.5, 1.0]))
+    for wrong in (None, [0.0], x.numpy(), x.long(), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="`x` must be floats of the shape"):
+            field.score(wrong, 0.5)
     with pytest.raises(ValueError, match="`model` must be a network or a function"):
         ScoreField(None, DDPMScheduler())
     for sigma in (0.0, 0.001, 1e4, float("nan")):
@@ -257,3 +280,30 @@ def test_bad_input():
             field.eps(x, sigma)
     with pytest.raises(ValueError, match=r"`model` must return the shape of x, \(1, 10\), got \(1, 7\)"):
         ScoreField(lambda x, t: x[:, :7], DDPMScheduler()).eps(x, 0.5)
+
+
+TWO = torch.zeros(2, 10, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda f: local_dimension(None, TWO), "`field` must be a ScoreField, got NoneType"),
+        (lambda f: stein_residual(f.eps, TWO), "`field` must be a ScoreField, got method"),
+        (lambda f: stein_residual(f, TWO, sigmas="a"), "`sigmas` must be a number, or several, got 'a'"),
+        (lambda f: stein_residual(f, TWO, generator=3), "`generator` must be one torch.Generator or left out, got 3"),
+        (lambda f: local_dimension(f, TWO, tol=float("nan")), "`tol` must be a number between 0 and 1, got nan"),
+        (lambda f: local_dimension(f, TWO, sigmas=0.5, residual=3), "`residual` must be a SteinResidual"),
+        (lambda f: gauge_residual(f, TWO, functions=3), "`functions` must be TestFunctions of 10 values, got 3"),
+        (lambda f: gauge_transform(f, None), r"antisymmetric \(D, D\) matrix of finite numbers, got NoneType"),
+        (lambda f: gauge_transform(f, torch.full((10, 10), float("nan"))), "antisymmetric"),
+        (lambda f: gauge_transform(f, torch.zeros(10, 10), "a"), "`beta` must be a finite number or a function"),
+        (lambda f: gauge_transform(f, torch.zeros(3, 3)).eps(TWO, 0.5), "`x` must have 3 values an image"),
+        (lambda f: probability_flow(f, TWO, [0.5]), "`sigmas` must be two levels or more"),
+        (lambda f: find_plateau(torch.ones(3), torch.ones(2), 3), r"tensors of one shape \(sigmas,\)"),
+        (lambda f: SteinResidualCallback(num_draws=0), "`num_draws` must be an integer >= 1, got 0"),
+    ],
+)
+def test_bad_arguments_of_measurements(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(gaussian_field(PLANE))

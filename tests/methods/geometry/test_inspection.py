@@ -121,6 +121,15 @@ def test_bad_input(run, tmp_path):
             InspectConfig(**{"repo": MODEL, "data": data, "output_dir": str(tmp_path), **kwargs})
     with pytest.raises(ValueError, match="`quantities` must be without 'flow_map' above 256 values, here 784"):
         inspect_model(InspectConfig(MODEL, data, str(tmp_path), "flow_map", num_images=2))
+    few = {"data": data, "num_images": 2, "num_sigmas": 2, "num_draws": 2}
+    for changes, message in (
+        ({"repo": str(tmp_path / "none")}, "`repo` must be a Hub repo or a folder of a pipeline, got"),
+        ({"device": "gpu7"}, "`device` must be one that torch finds here, got 'gpu7'"),
+        ({"resolution": 30}, "`resolution` must be a multiple of 4: the networks halve it that often, got 30"),
+        ({"output_dir": f"{data}/out"}, "`output_dir` must be a folder that can be written, got"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            inspect_model(InspectConfig(**{"repo": MODEL, "output_dir": str(tmp_path), **few, **changes}))
     with pytest.raises(SystemExit, match="error: `num_draws` must be 3 as in the inspection in"):
         main([word if word != "3" or words[i - 1] != "--num_draws" else "5" for i, word in enumerate(words)])
 

@@ -426,6 +426,13 @@ def test_levels_of_the_reference_settings():
         ({"pooled_prompt_embeds": torch.zeros(2, 8)}, "`pooled_prompt_embeds` must be left out: only Stable Diff"),
         ({"image_1": None, "image_0": [A, B], "prompt_1": "a"}, "`prompt_1` must be left out on a path"),
         ({"guidance_scale": -1.0}, "`guidance_scale` must be a number >= 0, got -1.0"),
+        ({"guidance_scale": float("inf")}, "`guidance_scale` must be a number >= 0, got inf"),
+        ({"clip_skip": 99}, "`clip_skip` must be an integer in 0"),
+        ({"cross_attention_kwargs": 3}, "`cross_attention_kwargs` must be a dict or left out, got 3"),
+        ({"gamma": "a"}, "`gamma` must be a number or a list of numbers, one per frame, got 'a'"),
+        ({"generator": 3}, "`generator` must be one generator or a list of 1, got 3"),
+        ({"callback_on_step_end": 3}, "`callback_on_step_end` must be callable or left out, got 3"),
+        ({"callback_on_step_end_tensor_inputs": None}, "`callback_on_step_end_tensor_inputs` must be a subset"),
         ({"prompt_interpolation": "cubic"}, "`prompt_interpolation` must be 'lerp' or 'slerp', got 'cubic'"),
         ({"image_0": torch.rand(3, 15, 24)}, "`image_0` must have a height and width divisible by 2, got 15 x 24"),
         (
@@ -457,7 +464,8 @@ def test_lora_of_text_encoders_is_refused_before_any_is_loaded(kind, monkeypatch
     text = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(1, 16)}
     save_file({**unet, **text}, tmp_path / "pytorch_lora_weights.safetensors")
     message = r"LoRA weights of the network alone, or peft be at least 99.0, .* of \['text_encoder'\]"
-    for made in (pipeline, OMSPipeline(None, pipeline)):
+    base = {"sd": stable_diffusion, "xl": stable_diffusion_xl}[kind]()
+    for made in (pipeline, OMSPipeline(None, base)):
         for weights in ({**unet, **text}, tmp_path):
             with pytest.raises(ValueError, match=message):
                 made.load_lora_weights(weights)
