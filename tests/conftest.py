@@ -1,5 +1,6 @@
 """Shared by all tests: one torch thread, accelerate's global state reset between tests, and seconds per folder."""
 
+import gc
 import os
 from collections import Counter
 from pathlib import PurePath
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# Nothing that is loaded until the tests begin is ever freed: the collector need not look through it again and again.
+gc.disable()
 
 # Seconds of one core that the tests of a folder may take, or all of the files that stand in none; a folder that is not
 # named here gets those of a method. With TEST_BUDGET=1, as .ci/run sets it, half as much again fails the run.
@@ -36,6 +39,11 @@ def reset_accelerate():
 def fresh_accelerate():
     yield
     reset_accelerate()
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):
