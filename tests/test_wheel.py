@@ -1,6 +1,6 @@
 """The wheel without the clone: everything imports, everything that a command names is there, and the demo runs.
 
-The process that runs what was built is a fork that has nothing of this package loaded, and nothing of the clone in reach.
+The process that runs what was built is a fork that has nothing of this package loaded and cannot reach the clone.
 """
 
 import os
