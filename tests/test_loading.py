@@ -456,6 +456,9 @@ def check_scheduler(scheduler, folder):
         assert other.from_config(scheduler.config).config.num_train_timesteps == scheduler.config.num_train_timesteps
 
 
+@pytest.mark.filterwarnings(  # by those of Diffusers that give tensors to NumPy
+    "ignore:__array_wrap__ must accept context and return_scalar arguments:DeprecationWarning"
+)
 def test_schedulers(tmp_path):
     ours = [name for name, value in loadable_classes().items() if issubclass(value, SchedulerMixin)]
     built = [it.build() for name in ours for it in EXAMPLES[name]]

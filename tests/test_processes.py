@@ -75,6 +75,7 @@ def test_processes_can_be_watched_signalled_and_killed(tmp_path):
     for number in (signal.SIGKILL, signal.SIGINT):
         process = processes.Popen([sys.executable, "-c", wait])
         while not (tmp_path / "there").exists():
+            assert process.poll() is None, process.communicate()
             time.sleep(0.005)
         (tmp_path / "there").unlink()
         assert process.poll() is None

@@ -25,7 +25,7 @@ __all__ = ["image_generation"]
 
 MODEL = ASSETS / "digits-flow"
 STEPS = 16  # sampling steps
-COUNT = 256  # images behind each Frechet distance
+COUNT, SHOWN = 256, 64  # images behind the Frechet distance, and those of a panel
 
 
 def image_generation(output_dir: Path) -> Path:
@@ -43,7 +43,7 @@ def image_generation(output_dir: Path) -> Path:
     distance = frechet_distance(extract_features(samples, classifier.features), real_features)
     torch.manual_seed(0)
     untrained: Any = type(pipeline.unet).from_config(pipeline.unet.config)
-    noise = draw(ImageGenerationPipeline(untrained.eval(), pipeline.scheduler), COUNT)
+    noise = draw(ImageGenerationPipeline(untrained.eval(), pipeline.scheduler), SHOWN)
     baseline = frechet_distance(extract_features(noise, classifier.features), real_features)
     print(f"Frechet distance to {len(real)} real digits: {distance:.1f}; of an untrained net: {baseline:.1f}")
 
@@ -73,12 +73,12 @@ def image_generation(output_dir: Path) -> Path:
     )
     subprocess.run([sys.executable, "-c", script, str(tuned)], check=True)
 
-    picked = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:64]
+    picked = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:SHOWN]
     picture = titled(
         {
             "real digits": grid(real[picked]),
-            f"samples, {STEPS} steps (FD {distance:.0f})": grid(samples[:64]),
-            f"untrained net (FD {baseline:.0f})": grid(noise[:64]),
+            f"samples, {STEPS} steps (FD {distance:.0f})": grid(samples[:SHOWN]),
+            f"untrained net (FD {baseline:.0f})": grid(noise),
         }
     )
     return saved(picture, output_dir / "image_generation.png", {"fd_samples": distance, "fd_untrained": baseline})

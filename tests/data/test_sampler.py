@@ -44,9 +44,9 @@ def test_a_start_gives_the_tail(start):
 
 
 def test_a_late_start_is_immediate():
-    begin = time.perf_counter()
+    begin = time.process_time()
     next(iter(PositionalBatchSampler(60_000, 16, start=10**6 // 16, total=None)))
-    assert time.perf_counter() - begin < 0.1
+    assert time.process_time() - begin < 0.1
 
 
 def test_refuses_more_than_there_is():

@@ -153,14 +153,20 @@ def _disk_full_on_one(data, folder, rank):
     (folder / f"refused{state.process_index}").touch()
 
 
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run of two processes that nothing stopped: its folder and losses."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, two(data, folder)[0]["losses"]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_full_disk_of_one_process_fails_both_and_the_previous_checkpoint_resumes(data, tmp_path, rank):
-    whole = two(data, tmp_path / "whole")
+def test_a_full_disk_of_one_process_fails_both_and_the_previous_checkpoint_resumes(data, tmp_path, rank, whole):
     folder = tmp_path / "run"
     folder.mkdir()
     debug_launcher(_disk_full_on_one, args=(data, folder, rank), num_processes=2)
     assert {p.name for p in folder.glob("refused*")} == {"refused0", "refused1"}
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     resumed = two(data, folder, resume_from_checkpoint="latest")
-    assert resumed[0]["losses"] == whole[0]["losses"][2:]
-    assert_weights(tmp_path / "whole", folder, atol=0, rtol=0)
+    assert resumed[0]["losses"] == whole[1][2:]
+    assert_weights(whole[0], folder, atol=0, rtol=0)

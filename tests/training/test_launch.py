@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from diffusers_ext.data.digits import DIGITS
 from tests import processes
 from tests.hub.server import HubServer
 
-from .tiny import UNET, run, weights, write_data
+from .tiny import UNET, make_config, run, weights, write_data
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "diffusers_ext" / "training" / "configs"
@@ -63,15 +62,8 @@ def environment(**extra):
 
 
 def execute(command, **extra):
+    """Runs a command in a fork; what a launcher starts is new and has from its start the variables that it sets."""
     return processes.run(command, env=environment(**extra))
-
-
-def launch(command, **extra):
-    """Runs a launcher as it is, with processes that are new and start with the variables it sets."""
-    command = [str(word) for word in command]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=240, check=False
-    )
 
 
 def loaded_elsewhere(name, folder, **extra):
@@ -89,13 +81,32 @@ def assert_equal(first, second):
 # -- launchers on the CPU ------------------------------------------------------------------------------------
 
 
-def test_accelerate_launch_leaves_a_complete_repo(tmp_path):
-    config = write_config(tmp_path, checkpointing_steps=2)
-    command = [*LAUNCH, "--config_file", CONFIGS / "single.yaml", "-m", "diffusers_ext.train", "immiscible"]
-    result = launch([*command, "--config", config])
+def wait_for_log(log, process):
+    """Returns when a run has logged its first step, or has ended."""
+    deadline = time.time() + 120
+    while not (log.is_file() and log.read_text()) and time.time() < deadline and process.poll() is None:
+        time.sleep(0.005)
+
+
+def test_a_terminated_script_resumed_by_accelerate_launch_leaves_a_complete_repo(tmp_path):
+    """SIGTERM to `python script` ends it with code 0; `accelerate launch -m` goes on, equal to an unbroken run."""
+    data, out, common = write_data(tmp_path / "data"), tmp_path / "out", {"max_train_steps": 17, "random_flip": True}
+    config = make_config(data, out, **common, lr_scheduler="cosine", resume_from_checkpoint="latest").to_dict()
+    (tmp_path / "run.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    arguments = ["--config", tmp_path / "run.json"]
+    child = processes.Popen([sys.executable, SCRIPT, *arguments], env=environment())
+    wait_for_log(out / "metrics.jsonl", child)
+    child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate(120)
+    assert child.returncode == 0, errors
+    single = ["--config_file", CONFIGS / "single.yaml", "-m", "diffusers_ext.train", "immiscible"]
+    result = execute([*LAUNCH, *single, *arguments])
     assert result.returncode == 0, result.stderr
     assert "defaults used instead" not in result.stderr
-    out = tmp_path / "out"
+
+    _, record, _ = run(data, tmp_path / "whole", **common, lr_scheduler="cosine")
+    assert [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()] == record.losses
+    assert_equal(weights(out), weights(tmp_path / "whole"))
     index = json.loads((out / "model_index.json").read_text())
     assert index["_class_name"] == "ImageGenerationPipeline"
     assert {"README.md", "sample.png", "results.json", "training_arguments.json"} <= {p.name for p in out.iterdir()}
@@ -106,8 +117,8 @@ def test_accelerate_launch_leaves_a_complete_repo(tmp_path):
     assert [str(p) for p in published if p.suffix == ".safetensors"] == ["unet/diffusion_pytorch_model.safetensors"]
     card = (out / "README.md").read_text()
     assert '"learning_rate": 0.001' in card
-    assert '"max_train_steps": 4' in card
-    assert json.loads((out / "results.json").read_text())["updates"] == 4
+    assert '"max_train_steps": 17' in card
+    assert json.loads((out / "results.json").read_text())["updates"] == 17
     assert_equal(loaded_elsewhere(str(out), tmp_path), weights(out))
 
 
@@ -127,13 +138,10 @@ def test_sigterm_to_torchrun_saves_on_both_ranks_and_the_same_command_resumes(tm
     stopped = command(tmp_path / "stopped")
     out = tmp_path / "stopped" / "out"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    agent = subprocess.Popen([*torchrun, *stopped], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
-    log = out / "metrics.jsonl"
-    deadline = time.time() + 120
-    while not (log.is_file() and log.read_text()) and time.time() < deadline and agent.poll() is None:
-        time.sleep(0.005)
+    agent = processes.Popen([*torchrun, *stopped], env=environment())
+    wait_for_log(out / "metrics.jsonl", agent)
     agent.send_signal(signal.SIGTERM)
-    _, errors = agent.communicate(timeout=120)
+    _, errors = agent.communicate(120)
     assert agent.returncode == 1, errors
     (checkpoint,) = out.glob("checkpoint-*")
     manifest = json.loads((checkpoint / "manifest.json").read_text())
@@ -238,7 +246,7 @@ def test_shipped_configurations_train_checkpoint_resume_and_save(tmp_path, name)
     command = [*LAUNCH, *options, tmp_path / "inside.py", "--config", config]
     gpu = {"ACCELERATE_USE_CPU": "false", "PYTHONPATH": str(ROOT)}
     for steps, start in ((2, 0), (4, 2)):
-        result = launch([*command, "--max_train_steps", steps], **gpu)
+        result = execute([*command, "--max_train_steps", steps], **gpu)
         assert result.returncode == 0, result.stderr
         assert f"KIND {KINDS[name].value} {count} {start}\n" in result.stdout
     assert json.loads((tmp_path / "out" / "checkpoint-4" / "manifest.json").read_text())["world"] == count

@@ -219,7 +219,7 @@ def test_every_prediction_learns_a_single_image(tmp_path, prediction_type):
     data = write_data(tmp_path / "data")
     np.savez(data / "data.npz", images=np.full((64, 8, 8), 255, np.uint8))
     _, record, _ = run(
-        data, tmp_path / "out", prediction_type=prediction_type, max_train_steps=120, learning_rate=1e-2,
+        data, tmp_path / "out", prediction_type=prediction_type, max_train_steps=50, learning_rate=1e-2,
         train_batch_size=16, num_validation_images=0,
     )  # fmt: skip
     first, last = (sum(part) / 10 for part in (record.losses[:10], record.losses[-10:]))

@@ -125,39 +125,6 @@ def test_resume_with_another_batch_size_goes_on_from_the_samples_seen(data, tmp_
     assert trainer._micro_step == 4  # 16 samples seen = 2 batches of 8, then 2 more
 
 
-def test_the_command_line_run_survives_sigterm(data, tmp_path, uninterrupted):
-    """Signals the training process of `python script`, waits for exit code 0, and resumes."""
-    import signal
-    import time
-
-    arguments = [
-        "--config",
-        str(tmp_path / "run.json"),
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--resume_from_checkpoint",
-        "latest",
-    ]
-    from .tiny import make_config
-
-    config = make_config(data, "unused", max_train_steps=STEPS, random_flip=True, lr_scheduler="cosine").to_dict()
-    (tmp_path / "run.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
-    script = ["training/train_immiscible.py", *arguments]
-    child = processes.Popen([sys.executable, *script])
-    log = tmp_path / "out" / "metrics.jsonl"
-    deadline = time.time() + 120
-    while not (log.is_file() and log.read_text()) and time.time() < deadline:
-        time.sleep(0.01)
-    child.send_signal(signal.SIGTERM)
-    _, errors = child.communicate(60)
-    assert child.returncode == 0, errors
-    resumed = processes.run([*command, *script])
-    assert resumed.returncode == 0, resumed.stderr
-    losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
-    assert_same(tmp_path / "out", losses, uninterrupted)
-
-
 def test_refuses_unfinished_and_damaged_checkpoints(data, tmp_path):
     import shutil
 

@@ -79,6 +79,14 @@ def weights(folder):
     return load_file(Path(folder) / "unet" / "diffusion_pytorch_model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """An unbroken run: its losses and weights."""
+    output_dir = tmp_path_factory.mktemp("whole")
+    _, losses, _ = train(config(folder, output_dir))
+    return losses, weights(output_dir)
+
+
 def test_the_replayed_gradient_is_that_of_the_full_batch():
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
@@ -103,11 +111,10 @@ def test_the_replayed_gradient_is_that_of_the_full_batch():
 
 
 @pytest.mark.parametrize("changes", [{"micro_batch_size": 3}, {"chain_checkpointing": "none"}])
-def test_training_with_less_memory_is_the_same_training(folder, tmp_path, changes):
-    _, expected, _ = train(config(folder, tmp_path / "whole"))
-    _, found, _ = train(config(folder, tmp_path / "parts", **changes))
-    assert found == pytest.approx(expected, rel=1e-4)
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+def test_training_with_less_memory_is_the_same_training(folder, tmp_path, changes, whole):
+    _, found, _ = train(config(folder, tmp_path, **changes))
+    assert found == pytest.approx(whole[0], rel=1e-4)
+    a, b = whole[1], weights(tmp_path)
     for name in a:
         torch.testing.assert_close(
             a[name], b[name], rtol=1e-4, atol=2e-5
@@ -192,13 +199,12 @@ def test_the_space_counts_extractors_alike():
     assert torch.isfinite(constant(images)).all()
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(folder, tmp_path):
-    _, expected, _ = train(config(folder, tmp_path / "whole", max_train_steps=4))
-    result, first, _ = train(config(folder, tmp_path / "cut", max_train_steps=4), signal_at=2)
+def test_a_resumed_run_equals_the_uninterrupted_one(folder, tmp_path, whole):
+    result, first, _ = train(config(folder, tmp_path), signal_at=1)
     assert result.stopped_by == "SIGTERM"
-    _, second, _ = train(config(folder, tmp_path / "cut", max_train_steps=4, resume_from_checkpoint="latest"))
-    assert first + second == expected
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    _, second, _ = train(config(folder, tmp_path, resume_from_checkpoint="latest"))
+    assert first + second == whole[0]
+    a, b = whole[1], weights(tmp_path)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 

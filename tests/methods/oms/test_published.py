@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 
@@ -227,13 +228,14 @@ def test_pickled_weights_are_refused(repos, part):
 
 def test_what_is_not_found_is_named(repos, tmp_path):
     repo, encoders = repos
+    place = re.escape(str(encoders))
     with pytest.raises(ValueError, match="`device_map` must be left out for a repo in the format of the published"):
         OMSPipeline.from_pretrained(repo, device_map="cuda")
     shutil.rmtree(encoders / "tokenizer")
-    with pytest.raises(OSError, match=rf"`oms_tokenizer` could not be loaded from 'tokenizer' of '{encoders}'; pass"):
+    with pytest.raises(OSError, match=rf"`oms_tokenizer` could not be loaded from 'tokenizer' of '{place}'; pass"):
         OMSPipeline.from_pretrained(repo)
     shutil.rmtree(encoders)
-    with pytest.raises(OSError, match=rf"`oms_text_encoder` could not be loaded from 'text_encoder' of '{encoders}'"):
+    with pytest.raises(OSError, match=rf"`oms_text_encoder` could not be loaded from 'text_encoder' of '{place}'"):
         OMSPipeline.from_pretrained(repo)
     shutil.rmtree(repo / "oms_text_encoder")
     with pytest.raises(OSError, match="`oms_text_encoder` could not be loaded from 'oms_text_encoder'"):
@@ -415,7 +417,8 @@ def test_one_pickled_component_is_refused_before_any_is_read(tmp_path, whole, pa
     for path in tmp_path.rglob("config.json"):
         path.write_text("{")  # could not be read
     with pytest.raises(
-        OSError, match=rf"{tmp_path / part} holds no safetensors weights, .*refused because they can run"
+        OSError,
+        match=rf"{re.escape(str(tmp_path / part))} holds no safetensors weights, .*refused because they can run",
     ):
         OMSPipeline.from_pretrained(tmp_path)
 
@@ -446,7 +449,9 @@ def test_a_repo_of_one_variant_says_which(tmp_path, whole, part):
     save_repo(whole, tmp_path)
     for path in (tmp_path / part).glob("*.safetensors"):
         path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
-    with pytest.raises(OSError, match=rf'{tmp_path / part} has weights of a variant only: pass variant="fp16"'):
+    with pytest.raises(
+        OSError, match=rf'{re.escape(str(tmp_path / part))} has weights of a variant only: pass variant="fp16"'
+    ):
         OMSPipeline.from_pretrained(tmp_path)
     loaded = OMSPipeline.from_pretrained(tmp_path, variant="fp16")  # where the others are taken without
     assert torch.equal(loaded.unet.conv_in.weight, whole.unet.conv_in.weight)

@@ -198,7 +198,8 @@ def test_the_mean_is_right_under_every_scheduler(cls, spacing):
         # DDIM and PNDM step by a fixed length, which does not fit a grid that ends at both ends.
         fits = spacing != "linspace" or cls not in (DDIMScheduler, PNDMScheduler)
         kwargs, tolerance, gap = {"latents": torch.zeros(1, 1, 8, 8), "oms_step": "ddim"}, 5e-3 if fits else 0.03, 0.5
-    steps = {"num_inference_steps": 250, "output_type": "latent"}
+    # LMS integrates numerically, coefficient by coefficient, and is as exact in 60 steps.
+    steps = {"num_inference_steps": 60 if cls is LMSDiscreteScheduler else 250, "output_type": "latent"}
     found = pipeline(**kwargs, **steps).images.double().mean().item()
     assert found == pytest.approx(mean, abs=tolerance)
     kwargs.pop("oms_step", None)

@@ -65,6 +65,14 @@ def weights(folder):
     return load_file(folder / "oms_module" / "diffusion_pytorch_model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """An unbroken run: its losses and weights."""
+    output_dir = tmp_path_factory.mktemp("whole")
+    _, losses = train(config(folder, output_dir))
+    return losses, weights(output_dir)
+
+
 def test_the_module_learns_minus_the_mean_of_its_class(folder, tmp_path):
     train(config(folder, tmp_path, max_train_steps=150, condition_dropout=0.2))
     base = DiffusionPipeline.from_pretrained(folder / "base")
@@ -82,16 +90,14 @@ def test_the_module_learns_minus_the_mean_of_its_class(folder, tmp_path):
             assert out.mean((1, 2, 3)).std() < 0.1  # the noise tells nothing, so the output does not depend on it
 
 
-def test_precomputing_changes_nothing(folder, tmp_path):
-    _, expected = train(config(folder, tmp_path / "each-step"))
-    _, found = train(config(folder, tmp_path / "once", precompute=True))
-    assert found == expected
-    a, b = weights(tmp_path / "each-step"), weights(tmp_path / "once")
+def test_precomputing_changes_nothing(folder, tmp_path, whole):
+    _, found = train(config(folder, tmp_path, precompute=True))
+    assert found == whole[0]
+    a, b = whole[1], weights(tmp_path)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_an_interrupted_precomputation_goes_on(folder, tmp_path, monkeypatch):
-    _, expected = train(config(folder, tmp_path / "whole"))
+def test_an_interrupted_precomputation_goes_on(folder, tmp_path, monkeypatch, whole):
     moments, calls = OMSRecipe._moments, []
 
     def dying(self, items, ctx):
@@ -108,17 +114,16 @@ def test_an_interrupted_precomputation_goes_on(folder, tmp_path, monkeypatch):
     written = files[0].stat().st_mtime_ns
     monkeypatch.setattr(OMSRecipe, "_moments", moments)
     _, found = train(config(folder, tmp_path / "cut", precompute=True))
-    assert found == expected
+    assert found == whole[0]
     assert files[0].stat().st_mtime_ns == written
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(folder, tmp_path):
-    _, expected = train(config(folder, tmp_path / "whole"))
-    result, first = train(config(folder, tmp_path / "cut"), signal_at=5)
+def test_a_resumed_run_equals_the_uninterrupted_one(folder, tmp_path, whole):
+    result, first = train(config(folder, tmp_path), signal_at=5)
     assert result.stopped_by == "SIGTERM"
-    _, second = train(config(folder, tmp_path / "cut", resume_from_checkpoint="latest"))
-    assert first + second == expected
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    _, second = train(config(folder, tmp_path, resume_from_checkpoint="latest"))
+    assert first + second == whole[0]
+    a, b = whole[1], weights(tmp_path)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 

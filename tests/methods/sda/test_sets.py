@@ -3,8 +3,8 @@
 import hashlib
 import json
 import re
+import signal
 import sys
-import time
 from pathlib import Path
 
 import datasets
@@ -76,13 +76,15 @@ def digests(path):
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def script_of(folder, *commands):
-    """Writes a script that runs the command line, one command after the other."""
+def script_of(folder, *commands, killed_at=None):
+    """Writes a script that runs the command line, one command after the other, and is killed at a shard."""
     script = folder / "commands.py"
     script.write_text(
-        "from accelerate import PartialState\nfrom diffusers_ext.methods.sda.shards import ImageShards\n"
+        "import os, signal\nfrom accelerate import PartialState\n"
+        "from diffusers_ext.methods.sda.shards import ImageShards\n"
         "from diffusers_ext.cli import main\n\nwrite = ImageShards._write\n\n\n"
         "def noted(self, shard, rows):\n    print(f'process {PartialState().process_index} made {shard}')\n"
+        f"    if shard == {killed_at}:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    write(self, shard, rows)\n\n\nImageShards._write = noted\n"
         f"for words in {list(commands)}:\n    main(words)\n"
     )
@@ -129,18 +131,14 @@ def test_two_processes_make_the_same_sets(folder):
 
 
 def test_killed_and_started_again_it_is_the_same_and_nothing_is_redone(folder):
-    reference = generation(folder, folder / "long", images_per_class=20, num_inference_steps=10)
+    reference = generation(folder, folder / "long", images_per_class=8)
     generate(reference)
-    config = generation(folder, folder / "killed", images_per_class=20, num_inference_steps=10)
-    process = processes.Popen([sys.executable, script_of(folder, words("generate", config, *GENERATION))])
-    deadline = time.monotonic() + 60
-    while len(digests(folder / "killed")) < 3 and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
+    config = generation(folder, folder / "killed", images_per_class=8)
+    script = script_of(folder, words("generate", config, *GENERATION), killed_at=3)
+    assert processes.run([sys.executable, script]).returncode == -signal.SIGKILL
     made = {path: path.stat().st_mtime_ns for path in (folder / "killed" / "data").glob("*.parquet")}
-    assert 3 <= len(made) < 20
-    with pytest.raises(ValueError, match=r"must be a finished data set, got .* of 20 shards"):
+    assert len(made) == 3
+    with pytest.raises(ValueError, match=r"must be a finished data set, got .* of 8 shards"):
         align_set(alignment(folder, folder / "never", train_data_dir=str(folder / "killed")))
     generate(config)
     assert digests(folder / "killed") == digests(folder / "long")
