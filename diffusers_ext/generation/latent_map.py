@@ -14,7 +14,7 @@ from .stock_call import StockCall
 
 __all__ = ["ImageLatents", "LatentMap"]
 
-SLACK = 0.02  # half precision and resampling may leave [-1, 1] by this much
+LARGEST = 8  # noise may leave [-1, 1]; beyond this an image was not brought there, such as one in 0..255
 BASE = 1024  # digits of positions, exact in fp32 after any scale and shift
 
 
@@ -154,5 +154,5 @@ def _check_images(images: Any) -> None:
     if images.numel() == 0 or images.shape[1] != 3:
         raise ValueError(f"`images` must have the shape (batch >= 1, 3, height, width), got {tuple(images.shape)}.")
     low, high = (float(value) for value in images.detach().aminmax())
-    if not (low >= -1 - SLACK and high <= 1 + SLACK):
+    if not (low >= -LARGEST and high <= LARGEST):
         raise ValueError(f"`images` must lie in [-1, 1], got values from {low:.3g} to {high:.3g}.")
