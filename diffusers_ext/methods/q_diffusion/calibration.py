@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.rng import mix
 
-__all__ = ["Calibration", "collect_calibration", "fingerprint"]
+__all__ = ["Calibration", "batch_arguments", "collect_calibration", "fingerprint", "is_per_sample", "network_name"]
 
 # Tensors that hold places, not samples; their first axis is no batch.
 SHARED = ("img_ids", "txt_ids", "image_rotary_emb", "freqs_cis")
@@ -28,8 +28,9 @@ SAMPLES = ("prompt", "class_labels")  # arguments that say what is drawn, one en
 
 def fingerprint(model: Any) -> str:
     """Returns what tells a model's architecture from others'."""
-    ignored = ("_name_or_path", "_diffusers_version", "_use_default_values", "quantization_config")
-    config = {k: v for k, v in dict(getattr(model, "config", {})).items() if k not in ignored}
+    config = {
+        k: v for k, v in dict(getattr(model, "config", {})).items() if k[0] != "_" and k != "quantization_config"
+    }
     text = json.dumps([type(model).__name__, config], sort_keys=True, default=str)
     return f"{type(model).__name__}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
@@ -151,16 +152,15 @@ def _to_cpu(value: Any) -> Any:
     return type(value)(_to_cpu(v) for v in value) if isinstance(value, list | tuple) else value
 
 
-def network_of(pipeline: Any) -> Any:
-    """Returns the network that a pipeline denoises with.
+def network_name(pipeline: Any) -> str:
+    """Returns the name of the network that a pipeline denoises with.
 
     Raises:
         ValueError: it has none under a name that is known.
     """
     for name in NETWORKS:
-        module = getattr(pipeline, name, None)
-        if isinstance(module, torch.nn.Module):
-            return module
+        if isinstance(getattr(pipeline, name, None), torch.nn.Module):
+            return name
     raise ValueError(f"`pipeline` must have one of {list(NETWORKS)}, {type(pipeline).__name__} has none.")
 
 
@@ -177,8 +177,8 @@ def collect_calibration(
     """Samples with a pipeline and records what its network is called with (section 4.2 of arXiv 2302.04304).
 
     Of every call of the pipeline, each (number of steps // `num_timesteps`)-th step is kept, with all arguments: the
-    states, timesteps and conditions that the network meets in use. Sample as you will later: the same scheduler, number
-    of steps and guidance. With guidance, conditional and unconditional states are recorded both.
+    states, timesteps and conditions that the network meets in use. Sample as you will later: the same scheduler,
+    number of steps and guidance. With guidance, conditional and unconditional states are recorded both.
 
     Args:
         pipeline: any pipeline that has a `unet` or a `transformer`; it stays as it is.
@@ -212,7 +212,7 @@ def collect_calibration(
         raise ValueError(f"`num_timesteps` must be at most the {steps} `num_inference_steps`, got {num_timesteps}.")
     if "generator" in call_kwargs:
         raise ValueError("`generator` must be left out: every call draws its own noise, from `seed`.")
-    network = network_of(pipeline)
+    network = getattr(pipeline, network_name(pipeline))
     settings = {
         "model": fingerprint(network),
         "scheduler": type(pipeline.scheduler).__name__,
@@ -234,7 +234,7 @@ def collect_calibration(
             if path is not None and path.is_file():
                 found = _read(path)
             else:
-                arguments = _batch_arguments(pipeline, call_kwargs, starts[index], count)
+                arguments = batch_arguments(pipeline, call_kwargs, starts[index], count)
                 arguments["generator"] = torch.Generator().manual_seed(mix(seed, index))
                 found = _kept(_recorded(pipeline, network, arguments), num_timesteps)
                 if path is not None:
@@ -269,14 +269,14 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
         for name, value in settings.items():
             if there.get(name) != value:
                 raise ValueError(
-                    f"`output_dir` must be new or hold a collection of the same settings: {name} is {there.get(name)!r} "
-                    f"in {folder}, got {value!r}."
+                    "`output_dir` must be new or hold a collection of the same settings: "
+                    f"{name} is {there.get(name)!r} in {folder}, got {value!r}."
                 )
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=1))
 
 
-def _batch_arguments(pipeline: Any, given: dict[str, Any], start: int, count: int) -> dict[str, Any]:
+def batch_arguments(pipeline: Any, given: dict[str, Any], start: int, count: int) -> dict[str, Any]:
     """Returns the arguments of one call: the next `count` samples."""
     arguments, known = dict(given), inspect.signature(type(pipeline).__call__).parameters
     key = next((name for name in SAMPLES if arguments.get(name) is not None), None)

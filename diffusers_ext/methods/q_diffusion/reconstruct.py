@@ -170,8 +170,8 @@ def _claim(folder: Path, model: Any, calibration: Calibration, config: QDiffConf
         for name, value in wanted.items():
             if there.get(name) != value:
                 raise ValueError(
-                    f"`output_dir` must be new or hold a run of the same settings: {name} is {there.get(name)!r} in "
-                    f"{folder}, got {value!r}."
+                    "`output_dir` must be new or hold a run of the same settings: "
+                    f"{name} is {there.get(name)!r} in {folder}, got {value!r}."
                 )
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(wanted, indent=1))
