@@ -61,6 +61,15 @@ METHODS = {
             "real photographs."
         ),
     },
+    "q_diffusion": {
+        "title": "Q-Diffusion",
+        "papers": ["2302.04304"],
+        "gives": "Load any pipeline's network in 4 or 8 bits, in an eighth or a quarter of the memory.",
+        "headline": (
+            "Learned rounding in 4 bits leaves {experiment[adaround_over_nearest_photos]} times the error of rounding "
+            "to nearest, on a model of photographs."
+        ),
+    },
     "sda": {
         "title": "SDA test-time adaptation",
         "papers": ["2406.04295", "2207.03442"],

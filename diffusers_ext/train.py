@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m diffusers_ext
         try:
             options = {"prog": f"{prog} {method}", "description": f"{text[0].upper()}{text[1:]}."}
             config = diffusers_ext.parse_config(getattr(diffusers_ext, config_class), words[1:], **options)
-            print(getattr(diffusers_ext, run)(config))
+            sys.stdout.write(f"{getattr(diffusers_ext, run)(config)}\n")
         except ValueError as error:
             raise SystemExit(f"error: {error}") from error
         return

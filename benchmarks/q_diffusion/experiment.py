@@ -2,13 +2,13 @@
 
     python -m benchmarks.q_diffusion.experiment     # 40 minutes on one core
 
-Each model is calibrated on 128 of its own samples at 10 of 20 timesteps and quantized in several ways. Measured against
-the model in fp32: the error of its prediction on states of other samples, relative to the prediction's mean square; and
-Frechet and kernel distances of 500 samples to real images. Beside them, in the same run, what else Diffusers' users
-have where it is installed (`pip install --no-deps torchao optimum-quanto sdnq`), with bytes that are stored.
+Each model is calibrated on 128 of its own samples at 10 of 20 timesteps and quantized in several ways. Measured
+against the model in fp32: the error of its prediction on states of other samples, relative to the prediction's mean
+square; and Frechet and kernel distances of 500 samples to real images. Beside them, in the same run, what else users
+of Diffusers have, where it is installed (`pip install --no-deps torchao optimum-quanto sdnq`), and all that is stored.
 
-What is finished is not done again (runs/q_diffusion). The result is benchmarks/results/q_diffusion/experiment.json with
-a picture beside it.
+What is finished is not done again (runs/q_diffusion). The result is benchmarks/results/q_diffusion/experiment.json
+with a picture beside it.
 """
 
 import copy

@@ -3,8 +3,8 @@
     python -m benchmarks.q_diffusion.speed     # ten minutes on one core
 
 Times are of settings run in turn on one thread; memory is of processes of their own. The processor decides which
-integer kernels are right: its name, instruction sets, and what each layer was computed by stand in the result. Goals of
-another kind of processor are not run.
+integer kernels are right: its name, instruction sets, and what each layer was computed by stand in the result. Goals
+of another kind of processor are not run.
 """
 
 import copy
@@ -25,8 +25,8 @@ from diffusers_ext import ImageGenerationPipeline, QDiffConfig, collect_calibrat
 from diffusers_ext.methods.q_diffusion.calibration import Calibration, fingerprint
 from diffusers_ext.methods.q_diffusion.kernels import cpu_name, select_kernel
 from diffusers_ext.methods.q_diffusion.layers import QuantLayer
-from diffusers_ext.methods.q_diffusion.reconstruct import Settings, _Run
 from diffusers_ext.methods.q_diffusion.quantizer import convertible
+from diffusers_ext.methods.q_diffusion.reconstruct import Settings, _Run
 from diffusers_ext.methods.q_diffusion.units import find_units
 
 # Channels -> pixels a side, batches, and repeats: what a core can run.
@@ -277,12 +277,12 @@ SAYS = {
     ),
     r"file_(\w+)": r"A file of \1 has {} of the bytes of fp32.",
     "large_peak_4_bits_over_fp32": (
-        "A network of Stable Diffusion 1.5's size, quantized to 4 bits while it loads, takes {} of the memory of fp32 at "
-        "most."
+        "A network of Stable Diffusion 1.5's size, quantized to 4 bits while it loads, takes {} of the memory of fp32 "
+        "at most."
     ),
     "calibration_recomputed_over_carried": (
-        "Two passes from the input for each block, the original's order, would take {} times as long as carrying states "
-        "through 20 blocks."
+        "Two passes from the input for each block, the original's order, would take {} times as long as carrying "
+        "states through 20 blocks."
     ),
     "calibration_growth_over_depth": "Twice the blocks take twice the time, times {}.",
 }

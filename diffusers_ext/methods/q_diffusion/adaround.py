@@ -1,6 +1,6 @@
 """Learned rounding (AdaRound, arXiv 2004.10568, as Q-Diffusion sets it): each weight goes up or down.
 
-A weight w becomes `d (clamp(floor(w / d) + h(a) + z, 0, 2^b - 1) - z)` with `h(a) = clamp(1.2 sigmoid(a) - 0.1, 0, 1)`.
+A weight w becomes `d (clamp(floor(w / d) + h(a) + z, 0, 2^b - 1) - z)`, `h(a) = clamp(1.2 sigmoid(a) - 0.1, 0, 1)`.
 `a` is learned so that a block's output stays; a regulariser drives h to 0 or 1, and in the end `h = [a >= 0]`.
 """
 

@@ -28,6 +28,7 @@ from diffusers_ext.training.config import check_types, described, require
 
 from .calibration import Calibration, batch_arguments, collect_calibration, network_name
 from .config import COMPUTE, QDiffConfig
+from .quantizer import convertible
 from .reconstruct import quantize_model
 
 __all__ = ["QDiffusionConfig", "prediction_error", "quantize_pipeline"]
@@ -171,6 +172,7 @@ def quantize_pipeline(config: QDiffusionConfig) -> Path:
     call, cache = config.call(pipeline), Path(config.output_dir) / "cache"
     name = network_name(pipeline)
     network = getattr(pipeline, name)
+    convertible(network, config.quantizer().modules_to_not_convert)  # before anything is sampled
     collecting = {"num_timesteps": config.num_timesteps, "batch_size": config.sample_batch_size, **call}
     states = collect_calibration(
         pipeline, config.num_samples, output_dir=cache / "states", seed=config.seed, **collecting

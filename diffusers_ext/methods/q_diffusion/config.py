@@ -8,6 +8,8 @@ from typing import Any
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
+from .grids import ScaleMethod
+
 __all__ = ["COMPUTE", "QDiffConfig", "QDiffMethod"]
 
 COMPUTE = ("auto", "int8", "dequantize")
@@ -20,7 +22,7 @@ class QDiffMethod(str, Enum):
     QDIFF = "qdiff"
 
 
-@dataclass
+@dataclass(init=False)
 class QDiffConfig(QuantizationConfigMixin):
     """How `Conv2d` and `Linear` layers of a Diffusers model are quantized (Q-Diffusion, arXiv 2302.04304).
 
@@ -55,16 +57,35 @@ class QDiffConfig(QuantizationConfigMixin):
     weight_bits: int = 4
     act_bits: int | None = None
     softmax_bits: int = 8
-    scale_method: str = "mse"
+    scale_method: ScaleMethod = "mse"
     act_symmetric: bool = False
     split_shortcuts: bool = True
     quantize_attention: bool = False
     modules_to_not_convert: list[str] | None = None
     compute: str = "auto"
-    quant_method: Any = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def __post_init__(self) -> None:
-        self.quant_method = QDiffMethod.QDIFF
+    # Written out, because the base class has a field of its own, which would come first.
+    def __init__(
+        self,
+        weight_bits: int = 4,
+        act_bits: int | None = None,
+        softmax_bits: int = 8,
+        scale_method: ScaleMethod = "mse",
+        act_symmetric: bool = False,
+        split_shortcuts: bool = True,
+        quantize_attention: bool = False,
+        modules_to_not_convert: list[str] | None = None,
+        compute: str = "auto",
+        quant_method: Any = None,
+    ) -> None:
+        self.weight_bits, self.act_bits, self.softmax_bits = weight_bits, act_bits, softmax_bits
+        self.scale_method, self.act_symmetric, self.split_shortcuts = scale_method, act_symmetric, split_shortcuts
+        self.quantize_attention, self.modules_to_not_convert = quantize_attention, modules_to_not_convert
+        self.compute = compute
+        self.quant_method = QDiffMethod.QDIFF  # pyright: ignore[reportAttributeAccessIssue]
+        self._check()
+
+    def _check(self) -> None:
         _require(type(self.weight_bits) is int and 2 <= self.weight_bits <= 8, self, "weight_bits", "an int in 2..8")
         _require(self.act_bits in (None, 8), self, "act_bits", "8 or None")
         _require(type(self.softmax_bits) is int and 2 <= self.softmax_bits <= 16, self, "softmax_bits", "in 2..16")
@@ -93,7 +114,7 @@ class QDiffConfig(QuantizationConfigMixin):
     def to_diff_dict(self) -> dict[str, Any]:
         """Returns what differs from the defaults."""
         defaults = {f.name: f.default for f in fields(self)}
-        return {name: value for name, value in self.to_dict().items() if value != defaults[name]}
+        return {name: value for name, value in self.to_dict().items() if value != defaults.get(name)}
 
 
 def _require(condition: bool, config: QDiffConfig, name: str, accepted: str) -> None:

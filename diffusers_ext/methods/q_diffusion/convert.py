@@ -42,8 +42,8 @@ QUANTIZERS = (("weight_quantizer", "act_quantizer"), ("weight_quantizer_0", "act
 def convert_qdiffusion_checkpoint(checkpoint: str | os.PathLike, model: Any, config: QDiffConfig) -> Any:
     """Reads a checkpoint of the Q-Diffusion repository into a quantized copy of a Diffusers model.
 
-    The file is a pickle, which is loaded with `weights_only=True`: it cannot run code. Weights of up to 4 bits keep the
-    integers that were learned; those of more are put on the nearest symmetric grid, which is the one that integer
+    The file is a pickle, which is loaded with `weights_only=True`: it cannot run code. Weights of up to 4 bits keep
+    the integers that were learned; those of more are put on the nearest symmetric grid, which is the one that integer
     kernels take. Grids of attention's factors are left out.
 
     Args:

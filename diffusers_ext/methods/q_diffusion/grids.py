@@ -26,8 +26,8 @@ def quantization_grid(
     """Finds the step d and the zero point z of a quantizer of `bits` bits (section 3 of arXiv 2302.04304, 1911.07190).
 
     The range always holds 0. "max" takes the whole range of x. "mse" shrinks it by 0, 1, ..., 79 % and keeps the range
-    of least mean `|x - x_hat|^2.4`, the first of equal ones. A symmetric grid has `2^(b-1) - 1` steps to either side of
-    0, and one more below.
+    of least mean `|x - x_hat|^2.4`, the first of equal ones. A symmetric grid has `2^(b-1) - 1` steps to either side
+    of 0, and one more below.
 
     Args:
         x: any shape; with `per_channel` `(channels, ...)`.
@@ -67,11 +67,9 @@ def quantization_grid(
         step, zero = (value.float() for value in _grid(low.double(), high.double(), bits, symmetric))
     else:
         count = max(1, CACHED // rows.shape[1])
-        parts = [
-            _least_error(*part, bits, symmetric)
-            for part in zip(*(v.split(count) for v in (rows, low, high)), strict=True)
-        ]
-        step, zero = (torch.cat(values) for values in zip(*parts, strict=True))
+        pieces = zip(rows.split(count), low.split(count), high.split(count), strict=True)
+        found = [_least_error(*piece, bits, symmetric) for piece in pieces]
+        step, zero = torch.cat([step for step, _ in found]), torch.cat([zero for _, zero in found])
     return (step, zero) if per_channel else (step[0], zero[0])
 
 

@@ -184,11 +184,11 @@ class QuantLayer(nn.Module):
         """Computes with integers; see `int8_conv2d`."""
         raise NotImplementedError
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Computes as the layer that was quantized."""
-        if self.kernel(x) == "int8":
-            return self.integer_forward(x)
-        return self.operation(self.rounded(x), self.dequantize(x.dtype), self.bias)
+        if self.kernel(input) == "int8":
+            return self.integer_forward(input)
+        return self.operation(self.rounded(input), self.dequantize(input.dtype), self.bias)
 
     def channels(self, x: torch.Tensor, part: slice) -> torch.Tensor:
         """Returns the channels of an input that a part of the weight sees."""
@@ -230,7 +230,7 @@ class QuantLayer(nn.Module):
         return output.to(x.dtype)
 
 
-class QuantConv2d(QuantLayer, nn.Conv2d):
+class QuantConv2d(QuantLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
     """A `Conv2d` with weights of 2..8 bits; see `QuantLayer`.
 
     Args:
@@ -270,7 +270,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         return int8_conv2d(q, *given, *self.options())  # type: ignore[call-arg]
 
 
-class QuantLinear(QuantLayer, nn.Linear):
+class QuantLinear(QuantLayer, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
     """A `Linear` with weights of 2..8 bits; see `QuantConv2d` and `QuantLayer`.
 
     Args:

@@ -106,12 +106,12 @@ class QDiffQuantizer(DiffusersQuantizer):
     quantization_config: QDiffConfig
 
     @property
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Quantized models are saved as they are."""
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Integers have no gradient; layers on top, such as LoRA, have."""
         return False
 
@@ -162,7 +162,7 @@ class QDiffQuantizer(DiffusersQuantizer):
         owner, name = self._place(model, param_name)
         return isinstance(owner, QuantLayer | QDiffAttnProcessor) and name != "bias"
 
-    def create_quantized_param(
+    def create_quantized_param(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         model: Any,
         param_value: torch.Tensor,

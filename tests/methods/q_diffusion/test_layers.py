@@ -163,6 +163,14 @@ def test_lower_precision_is_computed_in_its_own():
     assert made.weight_scale.dtype == torch.float32
 
 
+def test_the_first_argument_is_the_bits():
+    """The base class of configurations has a field that would come before."""
+    config = QDiffConfig(8, 8)
+    assert (config.weight_bits, config.act_bits, config.quant_method.value) == (8, 8, "qdiff")
+    assert QDiffConfig(quant_method="other").quant_method.value == "qdiff"  # as a saved one is read
+    assert "weight_bits" in repr(config)
+
+
 def test_they_print_and_look_like_what_they_replace():
     made = QuantConv2d(conv(), QDiffConfig())
     assert isinstance(made, nn.Conv2d)

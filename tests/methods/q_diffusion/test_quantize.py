@@ -44,7 +44,7 @@ def error(quantized, model, held_out):
 
 @pytest.fixture(scope="module")
 def learned(model, calibration):
-    return quantize_model(model, calibration, QDiffConfig(4, act_bits=8), iters=60, act_iters=10)
+    return quantize_model(model, calibration, QDiffConfig(4, act_bits=8), iters=40, act_iters=5)
 
 
 def test_to_nearest_it_is_what_the_loader_makes(model, calibration, tmp_path):
@@ -170,7 +170,7 @@ def test_the_cost_is_linear_in_depth(monkeypatch):
 
 def test_single_layers_can_be_rounded_by_themselves(model, calibration, held_out):
     config = QDiffConfig(4, act_bits=8, scale_method="max")
-    made = quantize_model(model, calibration, config, iters=10, act_iters=2, granularity="layer")
+    made = quantize_model(model, calibration, config, iters=4, act_iters=1, granularity="layer")
     nearest = quantize_model(model, calibration, config, iters=0, act_iters=0)
     assert error(made, model, held_out) < 1.2 * error(nearest, model, held_out)
 
@@ -180,7 +180,7 @@ import sys, torch
 torch.set_num_threads(1)
 from diffusers_ext import Calibration, QDiffConfig, quantize_model
 from tests.methods.q_diffusion.tiny import unet
-quantize_model(unet(), Calibration.load(sys.argv[1]), QDiffConfig(4, act_bits=8), iters=12, act_iters=4,
+quantize_model(unet(), Calibration.load(sys.argv[1]), QDiffConfig(4, act_bits=8), iters=4, act_iters=2,
                output_dir=sys.argv[2])
 """
 
@@ -189,7 +189,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(model, tmp_path):
     states = collect_calibration(
         pipeline(model), 8, 2, batch_size=8, num_inference_steps=2, output_dir=tmp_path / "states"
     )
-    settings = {"iters": 12, "act_iters": 4}
+    settings = {"iters": 4, "act_iters": 2}
     config = QDiffConfig(4, act_bits=8)
     whole = quantize_model(model, states, config, **settings, output_dir=tmp_path / "whole")
     command = [sys.executable, "-c", KILLED, str(tmp_path / "states"), str(tmp_path / "cut")]
@@ -204,7 +204,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(model, tmp_path):
     assert 3 <= done < len(list((tmp_path / "whole").glob("*.safetensors")))
     again = quantize_model(model, states, config, **settings, output_dir=tmp_path / "cut")
     assert all(torch.equal(v, whole.state_dict()[k]) for k, v in again.state_dict().items())
-    with pytest.raises(ValueError, match="`output_dir` must be new or hold a run of the same settings: iters is 12"):
+    with pytest.raises(ValueError, match="`output_dir` must be new or hold a run of the same settings: iters is 4"):
         quantize_model(model, states, config, iters=13, output_dir=tmp_path / "cut")
 
 
