@@ -28,6 +28,7 @@ from diffusers_ext.training.config import check_types, described, require
 
 from .calibration import Calibration, batch_arguments, collect_calibration, network_name
 from .config import COMPUTE, QDiffConfig
+from .convert import convert_qdiffusion_checkpoint
 from .quantizer import convertible
 from .reconstruct import quantize_model
 
@@ -48,6 +49,9 @@ class QDiffusionConfig:
     """
 
     pretrained_model_name_or_path: str = described("Pipeline: Hub repo or folder.", "", "model")
+    original_checkpoint: str | None = described(
+        "Checkpoint of the Q-Diffusion repository, to be converted instead of calibrating.", None, "model"
+    )
     weight_bits: int = described("Bits of weights, 2..8.", 4)
     act_bits: int | None = described("8 quantizes activations too.")
     scale_method: Literal["max", "mse"] = described("How ranges are found.", "mse")
@@ -104,7 +108,7 @@ class QDiffusionConfig:
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a number > 0")
         most = f"at most the {self.num_inference_steps} `num_inference_steps`"
         require(self.num_timesteps <= self.num_inference_steps, "num_timesteps", self.num_timesteps, most)
-        for name in ("prompts", "train_data_dir"):
+        for name in ("original_checkpoint", "prompts", "train_data_dir"):
             path = getattr(self, name)
             require(path is None or Path(path).exists(), name, path, "an existing file or folder")
         source, output = Path(self.pretrained_model_name_or_path), Path(self.output_dir)
@@ -174,21 +178,24 @@ def quantize_pipeline(config: QDiffusionConfig) -> Path:
     network = getattr(pipeline, name)
     convertible(network, config.quantizer().modules_to_not_convert)  # before anything is sampled
     collecting = {"num_timesteps": config.num_timesteps, "batch_size": config.sample_batch_size, **call}
-    states = collect_calibration(
-        pipeline, config.num_samples, output_dir=cache / "states", seed=config.seed, **collecting
-    )
-    quantized = quantize_model(
-        network,
-        states,
-        config.quantizer(),
-        iters=config.iters,
-        lr=config.learning_rate,
-        act_iters=config.act_iters,
-        batch_size=config.train_batch_size,
-        granularity=config.granularity,
-        seed=config.seed,
-        output_dir=cache / "units",
-    )
+    if config.original_checkpoint is not None:
+        quantized = convert_qdiffusion_checkpoint(config.original_checkpoint, network, config.quantizer())
+    else:
+        states = collect_calibration(
+            pipeline, config.num_samples, output_dir=cache / "states", seed=config.seed, **collecting
+        )
+        quantized = quantize_model(
+            network,
+            states,
+            config.quantizer(),
+            iters=config.iters,
+            lr=config.learning_rate,
+            act_iters=config.act_iters,
+            batch_size=config.train_batch_size,
+            granularity=config.granularity,
+            seed=config.seed,
+            output_dir=cache / "units",
+        )
     held_out = collect_calibration(
         pipeline, config.sample_batch_size, output_dir=cache / "held_out", seed=config.seed + HELD_OUT, **collecting
     )

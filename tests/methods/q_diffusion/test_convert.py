@@ -4,12 +4,13 @@ import re
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 
-from diffusers_ext import QDiffConfig, convert_qdiffusion_checkpoint, quantization_grid
+from diffusers_ext import QDiffConfig, convert_qdiffusion_checkpoint, quantization_grid, train
 from diffusers_ext.methods.q_diffusion.layers import QuantLayer
 from diffusers_ext.methods.q_diffusion.quantizer import shortcut_splits
 
-from .tiny import unet
+from .tiny import pipeline, unet
 
 # The other way round than the converter: a Diffusers name -> the DDIM repository's, for two levels.
 BACK = [
@@ -105,6 +106,17 @@ def test_what_does_not_fit_is_refused(checkpoint, tmp_path):
     torch.save({k: v for k, v in state.items() if "act_quantizer" not in k}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="`act_bits` must be None for a checkpoint of weights alone"):
         convert_qdiffusion_checkpoint(tmp_path / "weights.pth", unet(), QDiffConfig(4, act_bits=8))
+
+
+def test_the_command_converts_too(checkpoint, tmp_path):
+    path, wanted = checkpoint
+    pipeline().save_pretrained(tmp_path / "plain")
+    options = {"num_inference_steps": 2, "num_timesteps": 2, "sample_batch_size": 2, "num_evaluation_images": 0}
+    words = [f"--{name}={value}" for name, value in options.items()]
+    words += [f"--pretrained_model_name_or_path={tmp_path / 'plain'}", f"--output_dir={tmp_path / 'made'}"]
+    train.main(["q_diffusion", *words, "--act_bits=8", f"--original_checkpoint={path}"])
+    made = UNet2DModel.from_pretrained(tmp_path / "made" / "unet")
+    torch.testing.assert_close(made.conv_in.dequantize(), wanted["conv_in"], atol=0, rtol=0)
 
 
 class Hostile:
