@@ -11,7 +11,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from .config import QDiffConfig
-from .grids import fake_quantize, quantization_grid, quantize
+from .grids import ScaleMethod, fake_quantize, quantization_grid, quantize
 from .kernels import (
     ConvShape,
     exact_kernel,
@@ -47,6 +47,7 @@ class QuantLayer(nn.Module):
     """
 
     op: str
+    method: ScaleMethod
     bias: nn.Parameter | None
     qweight: torch.Tensor
     weight_scale: torch.Tensor
