@@ -65,10 +65,7 @@ METHODS = {
         "title": "Q-Diffusion",
         "papers": ["2302.04304"],
         "gives": "Load any pipeline's network in 4 or 8 bits, in an eighth or a quarter of the memory.",
-        "headline": (
-            "Learned rounding in 4 bits leaves {experiment[adaround_over_nearest_photos]} times the error of rounding "
-            "to nearest, on a model of photographs."
-        ),
+        "headline": "A network in 4 bits takes about 0.15 of the memory of fp32, one in 8 bits about 0.27.",
     },
     "sda": {
         "title": "SDA test-time adaptation",

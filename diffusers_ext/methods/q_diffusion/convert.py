@@ -12,6 +12,7 @@ import torch
 
 from .adaround import hard_integers
 from .config import QDiffConfig
+from .grids import quantization_grid, quantize
 from .layers import QuantLayer, quantized_layer
 from .quantizer import QDiffQuantizer, convertible, mark_quantized, replace_module, splits_for
 
@@ -43,8 +44,9 @@ def convert_qdiffusion_checkpoint(checkpoint: str | os.PathLike, model: Any, con
     """Reads a checkpoint of the Q-Diffusion repository into a quantized copy of a Diffusers model.
 
     The file is a pickle, which is loaded with `weights_only=True`: it cannot run code. Weights of up to 4 bits keep
-    the integers that were learned; those of more are put on the nearest symmetric grid, which is the one that integer
-    kernels take. Grids of attention's factors are left out.
+    the integers that were learned, but in channels whose grid does not hold 0, which are rounded anew; those of more
+    bits are put on the nearest symmetric grid, which is the one that integer kernels take. Grids of attention's
+    factors are left out.
 
     Args:
         checkpoint: the `ckpt.pth` of `sample_diffusion_ddim.py` (for a `UNet2DModel`), or that of a latent or Stable
@@ -109,12 +111,15 @@ def _fill(
     for (part, grid), (weights, inputs) in zip(quantized.parts(), QUANTIZERS, strict=False):
         alpha, step, zero = (state[f"{source}.{weights}.{key}"] for key in ("alpha", "delta", "zero_point"))
         weight = layer.weight.detach()[:, part]
-        step, zero = quantized.column(step.flatten()), quantized.column(zero.flatten())
+        step, zero = quantized.column(step.flatten().clone()), quantized.column(zero.flatten().clone())
         integers[:, part] = hard_integers(weight, step, zero, alpha.reshape(weight.shape), config.weight_bits)
         rounded[:, part] = (integers[:, part] - zero) * step
         if config.packed:
-            if not (float(zero.min()) >= 0 and float(zero.max()) <= 255):
-                raise ValueError(f"`checkpoint` must have zero points in 0..255, got others in {source!r}.")
+            bits, outside = config.weight_bits, ((zero < 0) | (zero >= 2**config.weight_bits)).flatten()
+            if outside.any():
+                own = quantization_grid(rounded[outside][:, part], bits, config.scale_method, per_channel=True)
+                step[outside], zero[outside] = (quantized.column(value) for value in own)
+                integers[outside, part] = quantize(rounded[outside][:, part], step[outside], zero[outside], bits)
             quantized.set_grid(grid, step.flatten(), zero.flatten())
         if config.act_bits is not None:
             if f"{source}.{inputs}.delta" not in state:

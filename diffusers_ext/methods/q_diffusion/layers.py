@@ -23,10 +23,29 @@ from .kernels import (
 )
 from .packing import pack_int4, unpack_int4
 
-__all__ = ["QUANTIZED_KINDS", "QuantConv2d", "QuantLayer", "QuantLinear", "quantized_layer"]
+__all__ = ["QUANTIZED_KINDS", "QuantConv2d", "QuantLayer", "QuantLinear", "check_compute", "quantized_layer"]
 
 QUANTIZED_KINDS = (nn.Conv2d, nn.Linear)
 ACT_BITS = 8
+
+
+def _inexact(bits: int) -> ValueError:
+    return ValueError(
+        f"`compute` must be 'auto' or 'dequantize' on this machine for `weight_bits={bits}`, got 'int8': its integer "
+        "kernels do not compute exactly. With `weight_bits=7` or 4 they may."
+    )
+
+
+def check_compute(config: QDiffConfig) -> None:
+    """Tries the integer kernels, where a configuration asks for them, on a small layer.
+
+    Raises:
+        ValueError: they are wrong on this machine for so many bits.
+    """
+    bits = config.weight_bits
+    largest = 2**bits - 1 if config.packed else 2 ** (bits - 1)
+    if config.compute == "int8" and not exact_kernel("linear", ((32, 64), (16, 64)), largest):
+        raise _inexact(bits)
 
 
 def _is_plain(x: torch.Tensor) -> bool:
@@ -163,10 +182,7 @@ class QuantLayer(nn.Module):
         if self.compute == "auto":
             return select_kernel(self.op, shape, self.max_abs_weight, self.packed)
         if not exact_kernel(self.op, shape, self.max_abs_weight):
-            raise ValueError(
-                f"`compute` must be 'auto' or 'dequantize' on this machine for `weight_bits={self.bits}`, got 'int8': "
-                "its integer kernels do not compute exactly. With `weight_bits=7` or 4 they may."
-            )
+            raise _inexact(self.bits)
         return "int8"
 
     def options(self) -> tuple[ConvShape, ...]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .attention import QDiffAttnProcessor, use_quantized_attention
 from .config import QDiffConfig
-from .layers import QUANTIZED_KINDS, QuantLayer, quantized_layer
+from .layers import QUANTIZED_KINDS, QuantLayer, check_compute, quantized_layer
 
 __all__ = ["QDiffQuantizer", "convertible", "mark_quantized", "replace_module", "shortcut_splits"]
 
@@ -124,7 +124,8 @@ class QDiffQuantizer(DiffusersQuantizer):
         """Refuses what needs calibration, before anything is read.
 
         Raises:
-            ValueError: activations in 8 bits for a model that is quantized while it loads.
+            ValueError: activations in 8 bits for a model that is quantized while it loads, or integers are asked for
+                on a machine where their kernels are wrong.
         """
         config = self.quantization_config
         if not self.pre_quantized and config.act_bits is not None:
@@ -132,6 +133,7 @@ class QDiffQuantizer(DiffusersQuantizer):
                 f"`act_bits` must be None for a model that is quantized while it loads, got {config.act_bits}: ranges "
                 "of activations need calibration, see `quantize_model`."
             )
+        check_compute(config)
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> Any:
         """Returns the size of a weight, from which device maps are made."""

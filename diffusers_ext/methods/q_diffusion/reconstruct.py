@@ -23,7 +23,7 @@ from .adaround import hard_integers, initial_alpha, output_loss, rounding_penalt
 from .attention import QDiffAttnProcessor, attention_layers, takes_processor
 from .calibration import Calibration, fingerprint, is_per_sample
 from .config import QDiffConfig
-from .layers import QuantLayer, quantized_layer
+from .layers import QuantLayer, check_compute, quantized_layer
 from .points import ActPoint, LearningAttnProcessor, watch_inputs
 from .quantizer import QDiffQuantizer, convertible, mark_quantized, splits_for
 from .units import Unit, carry, find_units, in_chunks, joined, rows_of, tensors_in
@@ -121,6 +121,7 @@ def _check(
         raise ValueError(f"`lr` must be a number > 0, got {lr!r}.")
     if granularity not in ("block", "layer"):
         raise ValueError(f"`granularity` must be one of ['block', 'layer'], got {granularity!r}.")
+    check_compute(config)
     if config.quantize_attention and granularity != "block":
         raise ValueError(f"`granularity` must be 'block' with `quantize_attention`, got {granularity!r}.")
     if getattr(model, "is_quantized", False):

@@ -87,6 +87,20 @@ def test_the_integers_are_those_of_the_checkpoint(checkpoint, tmp_path):
         assert torch.equal(again(x, 7).sample, made(x, 7).sample)
 
 
+def test_a_channel_of_one_sign_is_rounded_anew(checkpoint, tmp_path):
+    """The original's "mse" gives it a zero point below 0, which no byte holds."""
+    state = torch.load(checkpoint[0], weights_only=True)
+    key = "model.conv_in.weight_quantizer"
+    state["model.conv_in.weight"][0] = torch.linspace(0.8, 1.0, 9).view(1, 3, 3)
+    step = 0.2 / 15
+    state[f"{key}.delta"][0], state[f"{key}.zero_point"][0] = step, -60.0
+    torch.save(state, tmp_path / "ckpt.pth")
+    made = convert_qdiffusion_checkpoint(tmp_path / "ckpt.pth", unet(), QDiffConfig(4))
+    error = made.conv_in.dequantize()[0] - state["model.conv_in.weight"][0]
+    assert error.abs().max() <= 1 / 15 / 2 + step
+    assert torch.equal(made.conv_in.dequantize()[1:], checkpoint[1]["conv_in"][1:])
+
+
 def test_weights_of_more_bits_go_to_the_nearest_symmetric_grid(checkpoint):
     path, _ = checkpoint
     made = convert_qdiffusion_checkpoint(path, unet(), QDiffConfig(8))

@@ -8,7 +8,7 @@ from torch import nn
 
 from diffusers_ext import QDiffConfig, QuantConv2d, QuantLinear, fake_quantize, quantization_grid, select_kernel
 from diffusers_ext.methods.q_diffusion import kernels
-from diffusers_ext.methods.q_diffusion.layers import quantized_layer
+from diffusers_ext.methods.q_diffusion.layers import check_compute, quantized_layer
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +148,8 @@ def test_integers_that_are_asked_for_and_wrong_are_refused(monkeypatch):
     made = active(nn.Linear(6, 5), QDiffConfig(weight_bits=8, act_bits=8, compute="int8"))
     with pytest.raises(ValueError, match="`compute` must be 'auto' .*With `weight_bits=7` or 4"):
         made(normal(3, 6))
+    with pytest.raises(ValueError, match="`compute` must be 'auto' .*`weight_bits=8`"):
+        check_compute(QDiffConfig(weight_bits=8, act_bits=8, compute="int8"))
 
 
 def test_gradients_pass_as_if_nothing_was_rounded():
