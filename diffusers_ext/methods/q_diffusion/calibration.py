@@ -298,11 +298,12 @@ def batch_arguments(pipeline: Any, given: dict[str, Any], start: int, count: int
 def _recorded(pipeline: Any, network: Any, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """Calls a pipeline and returns the arguments of all calls of its network."""
     calls, signature = [], inspect.signature(network.forward)
+    more = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
     ignored = ("return_dict", "joint_attention_kwargs", "cross_attention_kwargs", "attention_kwargs")
 
     def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = signature.bind(*args, **kwargs).arguments
-        bound = {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
+        bound = {**{k: v for k, v in bound.items() if k != more}, **bound.get(more, {})}
         calls.append({k: _to_cpu(v) for k, v in bound.items() if v is not None and k not in ignored})
 
     handle = network.register_forward_pre_hook(record, with_kwargs=True)

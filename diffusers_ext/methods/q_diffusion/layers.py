@@ -265,6 +265,10 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleV
 
     op = "conv2d"
 
+    def __new__(cls, layer: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Makes a plain convolution of sizes: peft makes low-rank layers of the type that they stand on."""
+        return nn.Conv2d(layer, *args, **kwargs) if isinstance(layer, int) else super().__new__(cls)
+
     def __init__(self, layer: nn.Conv2d, config: QDiffConfig, split: int = 0) -> None:
         self._store(layer, config, split)
         if layer.weight.device.type != "meta":
