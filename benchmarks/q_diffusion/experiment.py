@@ -38,7 +38,6 @@ from diffusers_ext.methods.q_diffusion.reconstruct import Settings, calibrated
 
 RUNS = RESULTS.parents[1] / "runs" / "q_diffusion"
 MODELS = {"digits": "digits16-base", "photos": "photos-base"}
-DATA = {"digits": "digits", "photos": "photos"}
 SEEDS, STEPS, TIMESTEPS, SAMPLES = [0, 1, 2], 20, 10, 128
 ITERS, ACT_ITERS, COUNT = 300, 150, 500
 W4A8 = {"weight_bits": 4, "act_bits": 8}
@@ -159,8 +158,8 @@ def features_of(name):
 
 
 def real(name):
-    folder = asset_path(DATA[name])
-    data = load_images(train_data_dir=str(folder), resolution=16, channels=1 if name == "digits" else 3)
+    path = asset_path(name) / f"{name}.npz"
+    data = load_images(train_data_dir=str(path), resolution=16, channels=1 if name == "digits" else 3)
     return torch.stack([data[i]["pixel_values"] for i in range(min(len(data), 1000))])
 
 
