@@ -19,6 +19,7 @@ EXPERIMENTS = {
     "geometry": "geometry/experiment",
     "geometry_images": "geometry/experiment_images",
     "immiscible": "immiscible/digits8_flow",
+    "q_diffusion_bits": "q_diffusion/experiment",
 }
 
 

@@ -2,13 +2,16 @@
 
 `DiffusionPipeline.from_pretrained` looks a repo's `_class_name` up as an attribute of the module `diffusers`,
 downloads components of listed libraries only, takes a component's loading method from a base class that it looks up in
-the component's own module, and loads a pipeline within a pipeline without telling it dtype, variant or format.
+the component's own module, loads a pipeline within a pipeline without telling it dtype, variant or format, and finds
+the quantizer of a saved model in a table of its own.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.abc
+import importlib.util
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +20,8 @@ from typing import Any
 import diffusers
 
 __all__ = ["install", "loadable_base_class"]
+
+QUANTIZERS = "diffusers.quantizers.auto"
 
 
 def install(modules: Mapping[str, str]) -> None:
@@ -54,6 +59,10 @@ def install(modules: Mapping[str, str]) -> None:
     WithExtension.__name__ = base.__name__
     module.__class__ = WithExtension
     _prepare_loader()
+    if QUANTIZERS in sys.modules:
+        _register_quantizer(sys.modules[QUANTIZERS])
+    else:
+        sys.meta_path.insert(0, _BeforeQuantizers())
 
 
 def _prepare_loader() -> None:
@@ -68,6 +77,48 @@ def _prepare_loader() -> None:
     auto: Any = sys.modules.get("diffusers.pipelines.auto_pipeline")
     if hasattr(auto, "AutoPipelineForText2Image") and not hasattr(auto._get_task_class, "__wrapped__"):
         auto._get_task_class = _with_one_more_step(auto._get_task_class, auto.AUTO_TEXT2IMAGE_PIPELINES_MAPPING)
+
+
+class _BeforeQuantizers(importlib.abc.MetaPathFinder):
+    """Waits for the module that knows the quantizers: importing it now would import all of the networks."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != QUANTIZERS:
+            return None
+        sys.meta_path.remove(self)
+        spec: Any = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            run(module)
+            _register_quantizer(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+class _LazyConfig(type):
+    """Stands for `QDiffConfig` where Diffusers keeps configurations, without importing it."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return type(instance).__name__ == "QDiffConfig" and isinstance(instance, _ours().QDiffConfig)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return _ours().QDiffConfig(*args, **kwargs)
+
+    def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        return _ours().QDiffConfig.from_dict(*args, **kwargs)
+
+
+def _ours() -> Any:
+    return importlib.import_module("diffusers_ext")
+
+
+def _register_quantizer(auto: Any) -> None:
+    """Tells Diffusers' loader of the quantizer "qdiff"."""
+    config = _LazyConfig("QDiffConfig", (), {"__doc__": "See diffusers_ext.QDiffConfig."})
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("qdiff", config)
+    auto.AUTO_QUANTIZER_MAPPING.setdefault("qdiff", lambda *args, **kwargs: _ours().QDiffQuantizer(*args, **kwargs))
 
 
 def _is_pipeline(folder: Any, name: str) -> bool:

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-__all__ = ["METHODS", "main"]
+__all__ = ["FINISHED", "METHODS", "main"]
 
 # Name on the command line -> recipe in the public index, and what it trains. A method adds its line here.
 METHODS = {
@@ -21,6 +21,11 @@ METHODS = {
     "oms": ("OMSRecipe", "a One More Step module for a base pipeline"),
     "sda_classifier": ("SDAClassifierRecipe", "an image classifier on aligned synthetic images"),
     "text_to_image": ("TextToImageRecipe", "any text-to-image pipeline of Diffusers, whole or by LoRA"),
+}
+
+# What works on a finished model and trains no weights: name -> configuration and function in the public index.
+FINISHED = {
+    "q_diffusion": ("QDiffusionConfig", "quantize_pipeline", "any pipeline's network in 4 or 8 bits, by calibration"),
 }
 
 
@@ -39,12 +44,21 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m diffusers_ext
         prog=prog, description="Trains a method.", epilog=f"{prog} METHOD --help lists the arguments of a method."
     )
     methods = parser.add_subparsers(title="methods", metavar="METHOD", dest="method", required=True)
-    for name, (_, text) in METHODS.items():
+    for name, (*_, text) in {**METHODS, **FINISHED}.items():
         methods.add_parser(name, help=text, add_help=False)
     method = parser.parse_args(words[:1]).method
 
     import diffusers_ext
 
+    if method in FINISHED:
+        config_class, run, text = FINISHED[method]
+        try:
+            options = {"prog": f"{prog} {method}", "description": f"{text[0].upper()}{text[1:]}."}
+            config = diffusers_ext.parse_config(getattr(diffusers_ext, config_class), words[1:], **options)
+            sys.stdout.write(f"{getattr(diffusers_ext, run)(config)}\n")
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from error
+        return
     diffusers_ext.run_training(getattr(diffusers_ext, METHODS[method][0]), words[1:], f"{prog} {method}")
 
 

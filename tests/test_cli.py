@@ -35,7 +35,10 @@ def test_the_first_help_lists_the_commands_with_a_line_each(capsys, monkeypatch)
 
 def test_every_method_trains_by_name_and_by_its_script(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    assert re.findall(r"^    (\w+)\s+\w", said(capsys, "train", "--help"), re.M) == list(train.METHODS)
+    assert re.findall(r"^    (\w+)\s+\w", said(capsys, "train", "--help"), re.M) == [
+        *train.METHODS,
+        *train.FINISHED,
+    ]
     scripts = {path.stem.removeprefix("train_"): path.read_text() for path in (ROOT / "training").glob("train_*.py")}
     recipes = {name: re.search(r"run_training\((\w+)\)", text) for name, text in scripts.items()}
     assert {name: found[1] for name, found in recipes.items() if found} == {

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -28,6 +28,8 @@ from diffusers_ext import (
     OMSConfig,
     OMSPipeline,
     OMSRecipe,
+    QDiffConfig,
+    QuantLinear,
     ScoreField,
     SDAClassifierConfig,
     SDATTAPipeline,
@@ -505,6 +507,90 @@ def _(models, capsys):
 )
 def _(models, capsys):
     not_taken(DomainStudioConfig, "noise", capsys)
+
+
+# ---------------------------------------------------------------- quantized networks
+
+
+def in_bits(models, name, bits):
+    """Loads a pipeline whose network is quantized while it loads."""
+    config = PipelineQuantizationConfig(quant_mapping={"unet": QDiffConfig(weight_bits=bits)})
+    pipeline = DiffusionPipeline.from_pretrained(models.folder / name, quantization_config=config)
+    assert pipeline.unet.is_quantized
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@row(
+    ("q_diffusion", "oms"),
+    "One More Step over a quantized base",
+    "works",
+    "Quantize the base alone; the module, which runs once, stays as it is. In 8 and in 4 bits.",
+)
+def _(models, capsys):
+    for bits in (8, 4):
+        pipeline = OMSPipeline.from_pretrained(models.folder / "oms", base=in_bits(models, "immiscible", bits))
+        in_front_of(pipeline, num_inference_steps=5)
+
+
+@row(
+    ("q_diffusion", "noise_diffusion"),
+    "NoiseDiffusion with a quantized network",
+    "works",
+    "Inversion and decoding use the same rounded network, so end points return; in 8 and in 4 bits.",
+)
+def _(models, capsys):
+    for bits in (8, 4):
+        ends_return(NoiseDiffusionPipeline.from_pipe(in_bits(models, "immiscible", bits)), IMAGES)
+
+
+@row(
+    ("q_diffusion", "sda"),
+    "SDA with a quantized network",
+    "works",
+    "The same as `align` with it by hand; in 8 and in 4 bits.",
+)
+def _(models, capsys):
+    for bits in (8, 4):
+        adapts(in_bits(models, "immiscible", bits))
+
+
+@row(
+    ("q_diffusion", "mmd_ddm"),
+    "Quantizing a few-step-tuned model",
+    "works",
+    "After tuning, calibrated at the tuned timesteps; the pipeline keeps its default steps. In 8 and in 4 bits.",
+)
+def _(models, capsys):
+    plain = load(models, "mmd_ddm")
+    call = {"batch_size": 4, "output_type": "pt"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # other timesteps than the tuned ones
+        wanted = plain(**call, generator=seeded()).images
+        found = [in_bits(models, "mmd_ddm", bits)(**call, generator=seeded()).images for bits in (8, 4)]
+    errors = [(images - wanted).square().mean().item() for images in found]
+    assert 0 < errors[0] < min(errors[1], 0.01 * wanted.var().item())
+
+
+@row(
+    ("q_diffusion", "lora"),
+    "LoRA over a quantized network",
+    "works",
+    "`load_lora_weights` puts the layers on top of the integers; they cannot be fused, `dequantize` first.",
+)
+def _(models, capsys):
+    config = PipelineQuantizationConfig(quant_mapping={"unet": QDiffConfig(weight_bits=8)})
+    outputs = []
+    for adapted in (False, True):
+        pipeline = DiffusionPipeline.from_pretrained(models.folder / "text", quantization_config=config)
+        pipeline.set_progress_bar_config(disable=True)
+        if adapted:
+            with_lora(models, pipeline)
+            assert any(isinstance(getattr(m, "base_layer", None), QuantLinear) for m in pipeline.unet.modules())
+        outputs.append(pipeline("a cat", num_inference_steps=2, output_type="pt", generator=seeded()).images)
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-3
+    with pytest.raises(RuntimeError, match="size"):
+        pipeline.fuse_lora()
 
 
 # ---------------------------------------------------------------- LoRA

@@ -13,6 +13,7 @@ import yaml
 import diffusers_ext
 from benchmarks import report
 from benchmarks.headlines import METHODS
+from diffusers_ext.train import FINISHED
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -216,6 +217,9 @@ def check_command(words):
         method, *arguments = arguments
     else:
         assert words[0] in ("hf", "pip", "pkill", "pre-commit", "python", "source"), words
+        return
+    if method in FINISHED:
+        diffusers_ext.parse_config(getattr(diffusers_ext, FINISHED[method][0]), arguments)
         return
     script = (ROOT / "training" / f"train_{method}.py").read_text()
     config = getattr(diffusers_ext, re.search(r"run_training\((\w+)\)", script)[1]).Config

@@ -18,6 +18,7 @@ PANELS = [
     "mmd_ddm",
     "noise_diffusion",
     "one_more_step",
+    "q_diffusion",
     "sda",
     "text_to_image",
 ]  # named as file and function

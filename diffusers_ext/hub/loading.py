@@ -156,7 +156,16 @@ class SafePipeline(DiffusionPipeline):
             ValueError: the other's network is good at some timesteps only, which this pipeline would leave.
         """
         cls._check_timesteps(pipeline.config, type(pipeline).__name__)
-        return super().from_pipe(pipeline, **kwargs)
+        # Diffusers casts to fp32 unless told otherwise, which quantized networks refuse; scales are in fp32 anyway.
+        asked = any(kwargs.get(name) is not None for name in ("dtype", "torch_dtype"))
+        parts = [] if asked else [m for m in pipeline.components.values() if getattr(m, "is_quantized", False)]
+        for part in parts:
+            part.is_quantized = False
+        try:
+            return super().from_pipe(pipeline, **kwargs)
+        finally:
+            for part in parts:
+                part.is_quantized = True
 
     @classmethod
     def _check_timesteps(cls, config: Any, name: str) -> None:

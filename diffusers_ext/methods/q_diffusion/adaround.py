@@ -1,0 +1,88 @@
+"""Learned rounding (AdaRound, arXiv 2004.10568, as Q-Diffusion sets it): each weight goes up or down.
+
+A weight w becomes `d (clamp(floor(w / d) + h(a) + z, 0, 2^b - 1) - z)`, `h(a) = clamp(1.2 sigmoid(a) - 0.1, 0, 1)`.
+`a` is learned so that a block's output stays; a regulariser drives h to 0 or 1, and in the end `h = [a >= 0]`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = [
+    "hard_integers",
+    "initial_alpha",
+    "output_loss",
+    "rounding_beta",
+    "rounding_penalty",
+    "rounding_variable",
+    "soft_weight",
+]
+
+ZETA, GAMMA = 1.1, -0.1
+WARMUP, FIRST_BETA, LAST_BETA = 0.2, 20.0, 2.0
+
+
+def initial_alpha(weight: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """Returns the `a` for which h(a) is the fractional part of w / d: rounding that changes nothing.
+
+    Args:
+        weight: w.
+        step: d, of a shape that broadcasts to it.
+    """
+    scaled = weight / step
+    rest = scaled - scaled.floor()
+    return -torch.log((ZETA - GAMMA) / (rest - GAMMA) - 1)
+
+
+def rounding_variable(alpha: torch.Tensor) -> torch.Tensor:
+    """Returns h(a) in [0, 1]."""
+    return (torch.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+def soft_weight(
+    weight: torch.Tensor, step: torch.Tensor, zero: torch.Tensor, alpha: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """Returns the weight at the present `a`, differentiable in it; an untrained one is w where nothing is clipped."""
+    integers = ((weight / step).floor() + rounding_variable(alpha) + zero).clamp(0, 2**bits - 1)
+    return (integers - zero) * step
+
+
+def hard_integers(
+    weight: torch.Tensor, step: torch.Tensor, zero: torch.Tensor, alpha: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """Returns the integers q in 0..2^b - 1 that `a` decides for, as floating-point numbers."""
+    return ((weight / step).floor() + (alpha >= 0).to(weight.dtype) + zero).clamp(0, 2**bits - 1)
+
+
+def rounding_beta(count: int, iterations: int) -> float:
+    """Returns the regulariser's exponent at an iteration: 20 for the first fifth, then linear to 2.
+
+    Args:
+        count: of the iteration, from 1.
+        iterations: N.
+    """
+    start = WARMUP * iterations
+    if count < start:
+        return FIRST_BETA
+    share = (count - start) / (iterations - start)
+    return LAST_BETA + (FIRST_BETA - LAST_BETA) * max(0.0, 1 - share)
+
+
+def rounding_penalty(alpha: torch.Tensor, count: int, iterations: int) -> torch.Tensor:
+    """Returns `sum(1 - |2 h(a) - 1|^beta)`; 0 for the first fifth of the iterations, which only fit the output."""
+    if count < WARMUP * iterations:
+        return alpha.new_zeros(())
+    distance = ((rounding_variable(alpha) - 0.5).abs() * 2).pow(rounding_beta(count, iterations))
+    return (1 - distance).sum()
+
+
+def output_loss(output: torch.Tensor, target: torch.Tensor, power: float = 2.0) -> torch.Tensor:
+    """Returns the mean over batch and space of the sum over channels of `|output - target|^power`.
+
+    Args:
+        output: `(batch, channels, height, width)`, or with the channels last `(batch, ..., channels)`.
+        target: likewise.
+        power: 2 for rounding, 2.4 for steps of activations.
+    """
+    channels = 1 if output.ndim in (4, 5) else -1
+    return (output - target).abs().pow(power).sum(channels).mean()

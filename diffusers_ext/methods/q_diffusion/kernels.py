@@ -1,0 +1,268 @@
+"""Integer kernels of the CPU, and whether they are right and faster than floating-point ones at a shape.
+
+That an operator exists says nothing: on processors with AVX2 alone those of oneDNN run and saturate in 16 bits, which
+makes results with 8-bit weights wrong. So each is checked against exact integers at extreme values, then timed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.constants import HF_HOME
+
+from .packing import pack_int4, unpack_int4
+
+__all__ = [
+    "ConvShape",
+    "cpu_name",
+    "exact_kernel",
+    "int8_conv2d",
+    "int8_linear",
+    "kernel_is_exact",
+    "rounded_activations",
+    "select_kernel",
+    "to_uint8",
+]
+
+TOLERANCE, REPEATS, LARGEST = 1e-4, 5, 16  # LARGEST: pixels a side of what is compared with exact integers
+Shape = tuple[Any, ...]
+ConvShape = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]  # stride, padding, dilation, groups
+
+
+def to_uint8(x: torch.Tensor, step: float, zero: int) -> torch.Tensor:
+    """Returns the integers of activations, rounded as `quantize` rounds them, without a copy in between."""
+    return (x / step).round_().add_(zero).clamp_(0, 255).to(torch.uint8)
+
+
+def rounded_activations(x: torch.Tensor, step: float, zero: int) -> torch.Tensor:
+    """Returns activations as they come back from their integers, without a copy in between."""
+    return (x / step).round_().add_(zero).clamp_(0, 255).sub_(zero).mul_(step)
+
+
+def int8_conv2d(
+    q: torch.Tensor,
+    step: float,
+    zero: int,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    options: ConvShape,
+) -> torch.Tensor:
+    """Convolves integers; the padding stands for the number 0.
+
+    Args:
+        q: `(batch, in, height, width)` uint8.
+        step: of the activations.
+        zero: of the activations.
+        weight: `(out, in, kernel, kernel)` int8.
+        scale: `(out,)` fp32.
+        bias: `(out,)` fp32.
+        options: stride, padding, dilation and groups.
+
+    Returns:
+        `(batch, out, height, width)` fp32.
+    """
+    stride, padding, dilation, groups = options
+    window = [list(stride), list(padding), list(dilation), groups]
+    ops = torch.ops.onednn
+    packed = ops.qconv_prepack(weight, scale, step, zero, *window, list(q.shape))
+    none = torch.zeros(len(scale), dtype=torch.int64)
+    q = q.contiguous(memory_format=torch.channels_last)
+    post = (1.0, 0, torch.float32, "none", [], "")
+    return ops.qconv2d_pointwise(q, step, zero, packed, scale, none, bias, *window, *post)
+
+
+def int8_linear(
+    q: torch.Tensor, step: float, zero: int, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Multiplies integers: `(..., in)` uint8 by `(out, in)` int8; see `int8_conv2d`."""
+    ops, rows = torch.ops.onednn, q.reshape(-1, q.shape[-1])
+    packed = ops.qlinear_prepack(weight, list(rows.shape))
+    none = torch.zeros(len(scale), dtype=torch.int64)
+    post = (1.0, 0, torch.float32, "none", [], "")
+    output = ops.qlinear_pointwise(rows, step, zero, packed, scale, none, bias, *post)
+    return output.reshape(*q.shape[:-1], len(scale))
+
+
+def _call(op: str, q: torch.Tensor, zero: int, weight: torch.Tensor, options: Any) -> torch.Tensor:
+    scale = torch.ones(len(weight))
+    if op == "linear":
+        return int8_linear(q, 1.0, zero, weight, scale, None)
+    return int8_conv2d(q, 1.0, zero, weight, scale, None, options)
+
+
+def _exact(op: str, q: torch.Tensor, zero: int, weight: torch.Tensor, options: Any) -> torch.Tensor:
+    """Returns the same in float64, in which sums of such integers are exact."""
+    x, weight = q.double() - zero, weight.double()
+    return F.linear(x, weight) if op == "linear" else F.conv2d(x, weight, None, *options)
+
+
+def kernel_is_exact(op: str, shape: Shape, max_abs_weight: int) -> bool:
+    """Compares an integer kernel with exact integers: weights and activations at their extremes, and random ones.
+
+    Args:
+        op: `"conv2d"` or `"linear"`.
+        shape: of the weight, of the input, and for `"conv2d"` a `ConvShape`.
+        max_abs_weight: the largest integer that a weight has.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(size: Any, low: int, high: int) -> torch.Tensor:
+        return torch.randint(low, high + 1, tuple(size), generator=generator)
+
+    options = shape[2] if op == "conv2d" else None
+    size = [1, shape[1][1], *(min(n, LARGEST) for n in shape[1][2:])] if op == "conv2d" else [16, shape[1][-1]]
+    low, high = max(-max_abs_weight, -128), min(max_abs_weight, 127)  # a signed byte reaches one further below 0
+    sign = torch.where(draw(shape[0], 0, 1) == 1, high, low)
+    upper, ends = torch.full(size, 255), draw(size, 0, 1) * 255
+    cases = [
+        (torch.full(shape[0], high), upper, 0),
+        (torch.full(shape[0], low), upper, 0),
+        (torch.full(shape[0], low), torch.zeros_like(upper), 128),
+        (sign, ends, 0),
+        (sign, ends, 128),
+        (draw(shape[0], low, high), draw(size, 0, 255), 128),
+    ]
+    try:
+        for weight, q, zero in cases:
+            given = (op, q.to(torch.uint8), zero, weight.to(torch.int8), options)
+            wanted = _exact(*given)
+            if not (_call(*given).double() - wanted).abs().max() <= TOLERANCE * wanted.abs().max():
+                return False
+    except (RuntimeError, AttributeError, NotImplementedError):  # this build or processor does not have it
+        return False
+    return True
+
+
+@functools.cache
+def cpu_name() -> str:
+    """Returns the processor's name and what its integer kernels depend on."""
+    found = "cpu"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        found = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    units = [name for name in ("avx2", "avx512_vnni", "amx_int8") if capabilities.get(name)]
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
+    return " ".join([found, *units, limit]).strip()
+
+
+def exact_kernel(op: str, shape: Shape, max_abs_weight: int) -> bool:
+    """Returns whether the integer kernel is right for a weight, which is found out once; see `kernel_is_exact`."""
+    place = json.dumps(["exact", op, shape[0], shape[2:], max_abs_weight])
+    return _answer(place, lambda: "yes" if kernel_is_exact(op, shape, max_abs_weight) else "no") == "yes"
+
+
+def select_kernel(op: str, shape: Shape, max_abs_weight: int, packed: bool = False) -> str:
+    """Says how a layer is computed best at a shape: `"int8"` if that is right and faster, else `"dequantize"`.
+
+    The answer is kept in this process and on disk (`diffusers_ext/kernels.json` in `HF_HOME`), by processor, number of
+    threads and version of torch: a second process computes alike.
+
+    Args:
+        op: `"conv2d"` or `"linear"`.
+        shape: sizes of the weight and of the input, and for `"conv2d"` stride, padding, dilation and groups. Batches
+            up to the next power of two share an answer.
+        max_abs_weight: the largest integer `|q - z|` that weights can have.
+        packed: weights are stored two in a byte.
+
+    Raises:
+        ValueError: `op` is none of these.
+
+    Example:
+        >>> from diffusers_ext import select_kernel
+        >>> select_kernel("linear", ((8, 8), (4, 8)), 127) in ("int8", "dequantize")
+        True
+    """
+    if op not in ("conv2d", "linear"):
+        raise ValueError(f"`op` must be one of ['conv2d', 'linear'], got {op!r}.")
+    batch = shape[1][0] if op == "conv2d" else math.prod(shape[1][:-1])
+    inner = tuple(shape[1][1:]) if op == "conv2d" else (shape[1][-1],)
+    shape = (tuple(shape[0]), (1 << max(batch - 1, 0).bit_length(), *inner), *shape[2:])
+
+    def fastest() -> str:
+        times = _times(op, shape, max_abs_weight, packed) if exact_kernel(op, shape, max_abs_weight) else {}
+        return min(times, key=times.__getitem__, default="dequantize")
+
+    return _answer(json.dumps([op, shape, max_abs_weight, packed]), fastest)
+
+
+def _times(op: str, shape: Shape, max_abs_weight: int, packed: bool) -> dict[str, float]:
+    """Times both ways in turn, so that a slow moment hits both; returns median seconds."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape[1], generator=generator)
+    weight = torch.randint(-max_abs_weight // 2, max_abs_weight // 2 + 1, shape[0], generator=generator)
+    stored = pack_int4(weight.clamp(0, 15)) if packed else weight.to(torch.int8)
+    scale, length = torch.rand(len(weight), generator=generator), weight[0].numel()
+    column = scale.view(-1, *[1] * (weight.ndim - 1))
+    step, zero = 0.02, 128
+
+    def unpacked() -> torch.Tensor:
+        return unpack_int4(stored, length).view(shape[0]) if packed else stored
+
+    def integers() -> torch.Tensor:
+        q = to_uint8(x, step, zero)
+        if op == "linear":
+            return int8_linear(q, step, zero, unpacked().to(torch.int8), scale, None)
+        return int8_conv2d(q, step, zero, unpacked().to(torch.int8), scale, None, shape[2])
+
+    def floats() -> torch.Tensor:
+        rounded = rounded_activations(x, step, zero)
+        made = unpacked().to(x.dtype).mul_(column)
+        return F.linear(rounded, made) if op == "linear" else F.conv2d(rounded, made, None, *shape[2])
+
+    times: dict[str, list[float]] = {"int8": [], "dequantize": []}
+    with torch.no_grad():
+        for repeat in range(REPEATS + 1):
+            for name, function in (("int8", integers), ("dequantize", floats)):
+                start = time.perf_counter()
+                function()
+                if repeat:  # the first warms up
+                    times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _answer(question: str, find: Callable[[], str]) -> str:
+    """Returns what is known, else finds it out and keeps it; what other processes wrote stays."""
+    machine = json.dumps([cpu_name(), torch.get_num_threads(), torch.__version__])
+    known = _known(machine)
+    if question not in known:
+        known[question] = find()
+        everything = _read()
+        everything.setdefault(machine, {}).update(known)
+        partial = _file().with_suffix(f".{os.getpid()}.tmp")
+        try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(everything, indent=1))
+            os.replace(partial, _file())
+        except OSError:  # a home that cannot be written: each process finds out for itself
+            pass
+    return known[question]
+
+
+@functools.cache
+def _known(machine: str) -> dict[str, str]:
+    return _read().get(machine, {})
+
+
+def _read() -> dict[str, dict[str, str]]:
+    try:
+        return dict(json.loads(_file().read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _file() -> Path:
+    return Path(HF_HOME) / "diffusers_ext" / "kernels.json"

@@ -1,0 +1,494 @@
+"""Learned rounding of a whole model, unit by unit: `quantize_model`."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.func import functional_call
+from tqdm.auto import tqdm
+
+from diffusers_ext.rng import mix
+
+from .adaround import hard_integers, initial_alpha, output_loss, rounding_penalty, soft_weight
+from .attention import QDiffAttnProcessor, attention_layers, takes_processor
+from .calibration import Calibration, fingerprint, is_per_sample
+from .config import QDiffConfig
+from .layers import QuantLayer, check_compute, quantized_layer
+from .points import ActPoint, LearningAttnProcessor, watch_inputs
+from .quantizer import QDiffQuantizer, convertible, mark_quantized, splits_for
+from .units import Unit, carry, find_units, in_chunks, joined, rows_of, tensors_in
+
+__all__ = ["quantize_model"]
+
+REGULARISER = 0.01
+ACT_POWER, ACT_LR, ACT_STATES = 2.4, 4e-4, 64
+WEIGHTS, ACTIVATIONS = "weights", "activations"  # the two passes, and what their files begin with
+
+
+def quantize_model(
+    model: Any,
+    calibration: Calibration,
+    config: QDiffConfig,
+    *,
+    iters: int = 2000,
+    lr: float = 1e-2,
+    act_iters: int = 500,
+    batch_size: int = 32,
+    granularity: str = "block",
+    seed: int = 0,
+    output_dir: str | os.PathLike | None = None,
+) -> Any:
+    """Quantizes a model, with rounding that is learned on what it sees while sampling (sections 3, 4 of 2302.04304).
+
+    Block by block, in the order of their calls, each weight is rounded up or down so that the block's output, from the
+    input that the quantized blocks before it give, stays that of the original block. Then, with `act_bits`, the steps
+    of activations are learned likewise. Every block is passed once by all states: the cost is linear in depth.
+
+    Args:
+        model: a UNet or transformer of Diffusers; it stays as it is, and what is returned is a new one.
+        calibration: from `collect_calibration` with this model.
+        config: bits, and how ranges are found.
+        iters: updates of the rounding for each unit; 0 rounds to nearest.
+        lr: of Adam. 1e-2 is for few updates; the paper's 1e-3 is for 20,000.
+        act_iters: updates of the steps of activations, at 4e-4 with a cosine to 0.
+        batch_size: states in an update.
+        granularity: `"block"` (resnets, attention and transformer blocks, then single layers) or `"layer"`.
+        seed: of the order of states.
+        output_dir: folder where each finished unit is stored. A run that was stopped goes on there, and ends in the
+            same bits as one that was not.
+
+    Returns:
+        The quantized model, on the CPU or wherever `model` is, in evaluation mode.
+
+    Raises:
+        ValueError: an argument is outside its range, the calibration is of another model or of one timestep only, or
+            `output_dir` holds another run.
+
+    Example:
+        >>> unet = quantize_model(pipe.unet, calibration, QDiffConfig(4, act_bits=8))  # doctest: +SKIP
+        >>> unet.save_pretrained("unet-w4a8")  # doctest: +SKIP
+    """
+    _check(model, calibration, config, iters, lr, act_iters, batch_size, granularity)
+    if len(calibration.timesteps) < 2:
+        raise ValueError(
+            f"`calibration` must hold states of several timesteps, got those of {calibration.timesteps} only: a model "
+            "rounded for one is wrong at others."
+        )
+    settings = Settings(iters, lr, act_iters, batch_size, granularity, seed)
+    return calibrated(model, calibration, config, settings, None if output_dir is None else Path(output_dir))
+
+
+@dataclass
+class Settings:
+    """How rounding is learned; see `quantize_model`."""
+
+    iters: int = 2000
+    lr: float = 1e-2
+    act_iters: int = 500
+    batch_size: int = 32
+    granularity: str = "block"
+    seed: int = 0
+
+
+def _check(
+    model: Any,
+    calibration: Any,
+    config: Any,
+    iters: int,
+    lr: float,
+    act_iters: int,
+    batch_size: int,
+    granularity: str,
+) -> None:
+    if not isinstance(calibration, Calibration):
+        raise ValueError(f"`calibration` must be a `Calibration`, got {type(calibration).__name__}.")
+    if not isinstance(config, QDiffConfig):
+        raise ValueError(f"`config` must be a `QDiffConfig`, got {type(config).__name__}.")
+    for name, value, least in (("iters", iters, 0), ("act_iters", act_iters, 0), ("batch_size", batch_size, 1)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"`{name}` must be an integer >= {least}, got {value!r}.")
+    if not lr > 0:
+        raise ValueError(f"`lr` must be a number > 0, got {lr!r}.")
+    if granularity not in ("block", "layer"):
+        raise ValueError(f"`granularity` must be one of ['block', 'layer'], got {granularity!r}.")
+    check_compute(config)
+    if config.quantize_attention and granularity != "block":
+        raise ValueError(f"`granularity` must be 'block' with `quantize_attention`, got {granularity!r}.")
+    if getattr(model, "is_quantized", False):
+        raise ValueError(f"`model` must not be quantized before, got a {type(model).__name__} that is.")
+    if any("lora_" in name for name, _ in model.named_modules()):
+        raise ValueError("`model` must have no LoRA layers, got some: fuse or unload them first.")
+    if calibration.model != fingerprint(model):
+        raise ValueError(
+            f"`calibration` must be of this model, {fingerprint(model)} (class and configuration), got one of "
+            f"{calibration.model}."
+        )
+
+
+def calibrated(
+    model: Any, calibration: Calibration, config: QDiffConfig, settings: Settings, folder: Path | None = None
+) -> Any:
+    """Does what `quantize_model` says, its arguments checked."""
+    layers = convertible(model, config.modules_to_not_convert)
+    if config.quantize_attention:
+        attention_layers(model)
+    splits = {name: split for name, split in splits_for(model, config).items() if name in layers}
+    if folder is not None:
+        _claim(folder, model, calibration, config, settings)
+    training = model.training
+    model.eval()
+    try:
+        run = _Run(model, calibration, config, settings, splits, folder)
+        units = find_units(model, run.probe, list(layers), settings.granularity)
+        passes = [WEIGHTS] + [ACTIVATIONS] * (config.act_bits is not None)
+        with tqdm(total=len(units) * len(passes), desc="quantizing", unit="unit") as bar:
+            for kind in passes:
+                run.take(units, kind, bar)
+    finally:
+        model.train(training)
+    return run.finished(layers)
+
+
+def _claim(folder: Path, model: Any, calibration: Calibration, config: QDiffConfig, settings: Settings) -> None:
+    """Writes what decides the result beside it; refuses a folder of another run."""
+    digest = hashlib.sha256()
+    for tensor in [*model.state_dict().values(), *tensors_in(calibration.calls).values()]:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    wanted = {"config": config.to_dict(), **vars(settings), "model and calibration": digest.hexdigest()}
+    path = folder / "settings.json"
+    if path.is_file():
+        there = json.loads(path.read_text())
+        for name, value in wanted.items():
+            if there.get(name) != value:
+                raise ValueError(
+                    "`output_dir` must be new or hold a run of the same settings: "
+                    f"{name} is {there.get(name)!r} in {folder}, got {value!r}."
+                )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(wanted, indent=1))
+
+
+class _Run:
+    """What one quantization knows: the finished layers, and how a unit is learned."""
+
+    def __init__(
+        self,
+        model: Any,
+        calibration: Calibration,
+        config: QDiffConfig,
+        settings: Settings,
+        splits: dict[str, int],
+        folder: Path | None,
+    ) -> None:
+        self.model, self.config, self.settings, self.splits, self.folder = model, config, settings, splits, folder
+        self.arguments, self.count = calibration.arguments(), len(calibration)
+        self.device = next(model.parameters()).device
+        self.dtype = next(model.parameters()).dtype
+        self.quantized: dict[str, QuantLayer] = {}
+        self.attention: dict[str, dict[str, torch.Tensor]] = {}
+
+    def select(self, states: Any) -> dict[str, Any]:
+        """Returns the arguments of the model for some of the states."""
+
+        def taken(value: Any, name: str) -> Any:
+            if isinstance(value, dict):
+                return {k: taken(v, f"{name}.{k}") for k, v in value.items()}
+            if not is_per_sample(value, name, self.count):
+                return value
+            return [value[i] for i in states] if isinstance(value, list) else value[list(states)]
+
+        return {name: taken(value, name) for name, value in self.arguments.items()}
+
+    def probe(self, count: int) -> dict[str, Any]:
+        """Returns the arguments for a few states, as the model takes them."""
+
+        def placed(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.to(self.device, self.dtype if value.is_floating_point() else None)
+            if isinstance(value, dict):
+                return {k: placed(v) for k, v in value.items()}
+            return [placed(v) for v in value] if isinstance(value, list) else value
+
+        return placed(self.select([i % self.count for i in range(count)]))
+
+    def take(self, units: list[Unit], kind: str, bar: Any) -> None:
+        """Carries all states through the model, original and quantized side by side, and learns each unit."""
+
+        def doubled(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.float() if value.is_floating_point() else value
+            return {k: doubled(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+        arguments = doubled(self.select([*range(self.count), *range(self.count)]))
+        order = {unit.name: i for i, unit in enumerate(units)}
+
+        def visit(unit: Unit, call: Any, times: int) -> Any:
+            if times == 0:
+                bar.set_postfix_str(unit.name, refresh=False)
+            output = self._unit(unit, order[unit.name], call, kind, learn=times == 0)
+            bar.update(times == 0)
+            return output
+
+        carry(self.model, units, arguments, visit)
+
+    def _unit(self, unit: Unit, index: int, call: Any, kind: str, learn: bool) -> Any:
+        """Learns a unit where it is met first, and returns the outputs of the original and of the quantized one."""
+        work = copy.deepcopy(self.model.get_submodule(unit.name)).to(self.device, torch.float32).requires_grad_(False)
+        halves = [rows_of(unit, call, slice(0, self.count)), rows_of(unit, call, slice(self.count, None))]
+        target = in_chunks(work, unit, halves[0], self.count, self.device)
+        if learn and kind == WEIGHTS and not self._load(unit, index, kind):
+            self._learn_weights(work, unit, index, halves[1], target)
+            self._save(unit, index, kind)
+        self._round_weights(work, unit)
+        if kind == ACTIVATIONS:
+            known = not learn or self._load(unit, index, kind)
+            points = self._place_points(work, unit, known)
+            if not known:
+                self._learn_activations(work, unit, index, halves[1], target, points)
+                self._save(unit, index, kind)
+        return joined([target, in_chunks(work, unit, halves[1], self.count, self.device)])
+
+    def _names(self, unit: Unit) -> list[tuple[str, str]]:
+        """Returns the layers of a unit: name within it, name in the model."""
+        return [(layer, f"{unit.name}.{layer}" if layer else unit.name) for layer in unit.layers]
+
+    def _generator(self, index: int, kind: str) -> torch.Generator:
+        # Of a unit by itself, so that a run that goes on draws what one in one piece would have drawn.
+        return torch.Generator().manual_seed(mix(self.settings.seed, index, int(kind == ACTIVATIONS)))
+
+    # ---------------------------------------------------------------- weights
+
+    def _learn_weights(self, work: nn.Module, unit: Unit, index: int, call: Any, target: Any) -> None:
+        for inside, name in self._names(unit):
+            layer = work.get_submodule(inside)
+            # On the CPU: a grid must not depend on where the model is.
+            self.quantized[name] = quantized_layer(layer.cpu(), self.config, self.splits.get(name, 0))
+            layer.to(self.device)
+        if self.settings.iters == 0:
+            return
+        rounding = {
+            name: _Rounding(work.get_submodule(inside), self.quantized[name]) for inside, name in self._names(unit)
+        }
+        alphas = [alpha for layer in rounding.values() for alpha in layer.alphas]
+        optimizer = torch.optim.Adam(alphas, lr=self.settings.lr)
+
+        def loss(states: torch.Tensor, count: int) -> torch.Tensor:
+            weights = {_weight(inside): rounding[name].soft() for inside, name in self._names(unit)}
+            args, kwargs = rows_of(unit, call, states, self.device)
+            output = functional_call(work, weights, args, kwargs)
+            wanted = rows_of(_outputs(unit, target, self.count), target, states, self.device)
+            penalty = sum(rounding_penalty(alpha, count, self.settings.iters) for alpha in alphas)
+            return total_loss(output, wanted, 2.0) + REGULARISER * penalty
+
+        self._minimise(loss, optimizer, self.settings.iters, self._generator(index, WEIGHTS))
+        for layer in rounding.values():
+            layer.store()
+
+    def _round_weights(self, work: nn.Module, unit: Unit) -> None:
+        for inside, name in self._names(unit):
+            layer: Any = work.get_submodule(inside)
+            layer.weight.data = self.quantized[name].dequantize().to(self.device)
+
+    def _minimise(
+        self,
+        loss: Callable[[torch.Tensor, int], torch.Tensor],
+        optimizer: torch.optim.Optimizer,
+        iters: int,
+        generator: torch.Generator,
+        scheduler: Any = None,
+    ) -> None:
+        with torch.enable_grad():
+            for count in range(1, iters + 1):
+                states = torch.randperm(self.count, generator=generator)[: self.settings.batch_size]
+                optimizer.zero_grad()
+                loss(states, count).backward()
+                optimizer.step()
+                if scheduler is not None:
+                    scheduler.step()
+
+    # ---------------------------------------------------------------- activations
+
+    def _place_points(self, work: nn.Module, unit: Unit, known: bool) -> dict[str, list[ActPoint]]:
+        """Lets a unit round its activations, by learned grids or by such as are still to be found."""
+        points = {
+            name: watch_inputs(work.get_submodule(inside), self.config, self.splits.get(name, 0))
+            for inside, name in self._names(unit)
+        }
+        if self.config.quantize_attention:
+            for inside, module in work.named_modules():
+                if takes_processor(module):
+                    made = LearningAttnProcessor(self.config).to(self.device)
+                    module.set_processor(made)  # type: ignore[operator]
+                    name = f"{unit.name}.{inside}" if inside else unit.name
+                    points[f"{name}.processor"] = list(made.points.values())  # type: ignore[arg-type]
+        for name, own in points.items():
+            if known:
+                self._recall(name, own)
+            for point in own:
+                point.to(self.device)
+                point.zero = point.zero.to(self.device)
+        return points
+
+    def _recall(self, name: str, points: list[ActPoint]) -> None:
+        if name in self.quantized:
+            scale, zero = self.quantized[name].act_scale, self.quantized[name].act_zero_point
+            assert scale is not None
+            assert zero is not None
+        else:
+            stored = self.attention[name]
+            scale, zero = stored["act_scale"], torch.cat([stored["act_zero_point"], torch.zeros(1)])
+        for i, point in enumerate(points):
+            point.step.data, point.zero, point.found = scale[i].clone(), zero[i].float(), True
+
+    def _learn_activations(
+        self, work: nn.Module, unit: Unit, index: int, call: Any, target: Any, points: dict[str, list[ActPoint]]
+    ) -> None:
+        generator = self._generator(index, ACTIVATIONS)
+        first = torch.randperm(self.count, generator=generator)[:ACT_STATES]
+        args, kwargs = rows_of(unit, call, first, self.device)
+        work(*args, **kwargs)  # each point finds its grid from what the rounded layers before it give
+        outputs = _outputs(unit, target, self.count)
+
+        def loss(states: torch.Tensor, count: int = 0) -> torch.Tensor:
+            args, kwargs = rows_of(unit, call, states, self.device)
+            wanted = rows_of(outputs, target, states, self.device)
+            return total_loss(work(*args, **kwargs), wanted, ACT_POWER)
+
+        steps = [point.step for own in points.values() for point in own if point.found]
+        for step in steps:
+            step.requires_grad_(True)
+        if self.settings.act_iters:
+            before, start = [step.detach().clone() for step in steps], float(loss(first))
+            optimizer = torch.optim.Adam(steps, lr=ACT_LR)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.settings.act_iters, eta_min=0.0)
+            self._minimise(loss, optimizer, self.settings.act_iters, generator, schedule)
+            if not float(loss(first)) <= start:  # a step near the learning rate can be thrown off
+                for step, old in zip(steps, before, strict=True):
+                    step.data.copy_(old)
+        for name, own in points.items():
+            stack = {
+                "act_scale": torch.stack([point.step.detach().cpu() for point in own]),
+                "act_zero_point": torch.stack([point.zero.cpu() for point in own]),
+            }
+            if name in self.quantized:
+                layer = self.quantized[name]
+                layer.act_scale, layer.act_zero_point = stack["act_scale"], stack["act_zero_point"].to(torch.uint8)
+            else:
+                stack["act_zero_point"] = stack["act_zero_point"][:3]
+                self.attention[name] = stack
+
+    # ---------------------------------------------------------------- storage
+
+    def _file(self, index: int, kind: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{kind}-{index:04d}.safetensors"
+
+    def _save(self, unit: Unit, index: int, kind: str) -> None:
+        path = self._file(index, kind)
+        if path is None:
+            return
+        tensors = {
+            f"{name}.{k}": v for _, name in self._names(unit) for k, v in self.quantized[name].state_dict().items()
+        }
+        for name, values in self.attention.items():
+            if f"{name}.".startswith(f"{unit.name}."):
+                tensors |= {f"{name}.{k}": v for k, v in values.items()}
+        partial = path.with_suffix(".tmp")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
+        os.replace(partial, path)
+
+    def _load(self, unit: Unit, index: int, kind: str) -> bool:
+        """Takes a finished unit from the folder, if it is there."""
+        path = self._file(index, kind)
+        if path is None or not path.is_file():
+            return False
+        tensors = load_file(path)
+        for _, name in self._names(unit):
+            layer: Any = self.model.get_submodule(name)
+            made = quantized_layer(copy.deepcopy(layer).to("meta"), self.config, self.splits.get(name, 0))
+            own = {k[len(name) + 1 :]: v for k, v in tensors.items() if k.rpartition(".")[0] == name}
+            made.load_state_dict(own, assign=True)
+            self.quantized[name] = made
+        for key, value in tensors.items():
+            name, _, last = key.rpartition(".")
+            if name.endswith("processor"):
+                self.attention.setdefault(name, {})[last] = value
+        return True
+
+    def finished(self, layers: dict[str, nn.Module]) -> Any:
+        """Returns a copy of the model with the quantized layers in their places."""
+        config = copy.deepcopy(self.config)
+        never = [name for name in layers if name not in self.quantized]
+        if never and config.act_bits is not None:
+            # There is no range for what no state has passed.
+            config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *never]
+        elif never:
+            for name in never:
+                self.quantized[name] = quantized_layer(layers[name], config, self.splits.get(name, 0))
+        memo: dict[int, Any] = {}
+        for name, quantized in self.quantized.items():
+            bias: Any = layers[name].bias
+            if bias is not None:
+                quantized.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+            memo[id(layers[name])] = quantized.to(self.device)
+        made = copy.deepcopy(self.model, memo)
+        for name, stored in self.attention.items():
+            processor = QDiffAttnProcessor(config.softmax_bits, self.device)
+            processor.load_state_dict(stored)
+            made.get_submodule(name.removesuffix(".processor")).set_processor(processor)
+        mark_quantized(made, QDiffQuantizer(config, pre_quantized=True))
+        return made.eval()
+
+
+class _Rounding:
+    """The variables of one layer's rounding."""
+
+    def __init__(self, layer: Any, quantized: QuantLayer) -> None:
+        self.quantized, self.weight = quantized, layer.weight.detach()
+        self.grids, self.alphas = [], []
+        for part, grid in quantized.parts():
+            step, zero = (quantized.column(value[grid]).to(self.weight) for value in quantized.grids())
+            self.grids.append((part, step, zero))
+            self.alphas.append(nn.Parameter(initial_alpha(self.weight[:, part], step)))
+
+    def soft(self) -> torch.Tensor:
+        """Returns the weight at the present rounding."""
+        parts = [
+            soft_weight(self.weight[:, part], step, zero, alpha, self.quantized.bits)
+            for (part, step, zero), alpha in zip(self.grids, self.alphas, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    @torch.no_grad()
+    def store(self) -> None:
+        """Decides each weight."""
+        parts = [
+            hard_integers(self.weight[:, part], step, zero, alpha, self.quantized.bits)
+            for (part, step, zero), alpha in zip(self.grids, self.alphas, strict=True)
+        ]
+        self.quantized.set_integers((parts[0] if len(parts) == 1 else torch.cat(parts, 1)).cpu())
+
+
+def _weight(inside: str) -> str:
+    return f"{inside}.weight" if inside else "weight"
+
+
+def _outputs(unit: Unit, target: Any, count: int) -> Unit:
+    """Returns a unit's name with the layout of its outputs, whose rows are those of the states."""
+    return Unit(unit.name, [], {k: len(v) // count for k, v in tensors_in(target).items()})
+
+
+def total_loss(output: Any, target: Any, power: float) -> torch.Tensor:
+    """Returns the sum of the losses of a unit's outputs."""
+    outputs, targets = tensors_in(output), tensors_in(target)
+    losses = [output_loss(outputs[place], targets[place], power) for place in targets]
+    return torch.stack(losses).sum()
