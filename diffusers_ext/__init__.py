@@ -30,12 +30,12 @@ _PUBLIC = {
     "methods.domain_studio.text": ["DomainStudioTextRecipe"],
     "generation.denoiser": ["PipelineDenoiser"],
     "generation.prompts": ["Conditions"],
+    "generation.score_field": ["ScoreField"],
     "generation.pipeline": ["ImageGenerationPipeline"],
     "hub.card": ["RepoCard"],
     "hub.repo": ["push_repo", "save_lora_repo", "save_repo"],
     "methods.geometry.callback": ["SteinResidualCallback"],
     "methods.geometry.dimension": ["LocalDimension", "find_plateau", "local_dimension", "rank_by_dimension"],
-    "methods.geometry.field": ["ScoreField"],
     "methods.geometry.flow": ["probability_flow"],
     "methods.geometry.gauge": [
         "Conservativity",
@@ -86,6 +86,8 @@ _PUBLIC = {
     "methods.noise_diffusion.pipeline_stable_diffusion_xl": ["StableDiffusionXLNoiseDiffusionPipeline"],
     "methods.noise2score.ar_dae": ["annealed_smoothing", "ar_dae_loss", "estimate_noise_std"],
     "methods.noise2score.blind": ["NoiseEstimate", "estimate_noise_parameter"],
+    "methods.noise2score.diffusion": ["score_from_diffusion"],
+    "methods.noise2score.pipeline": ["Noise2ScorePipeline"],
     "methods.noise2score.networks": ["Noise2ScoreConvNet", "Noise2ScoreUNet"],
     "methods.noise2score.noises": [
         "AdditiveGaussianNoise",

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .field import ScoreField
+from diffusers_ext.generation.score_field import ScoreField
 
 __all__ = ["check_images", "check_sigmas", "default_sigmas", "denoising_moments", "image_seeds", "rows_of"]
 

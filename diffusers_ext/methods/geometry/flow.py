@@ -7,7 +7,8 @@ from typing import Literal
 
 import torch
 
-from .field import ScoreField
+from diffusers_ext.generation.score_field import ScoreField
+
 from .jacobian import exact_jacobian
 
 __all__ = ["at_y", "flow_jacobian", "probability_flow"]
