@@ -19,6 +19,7 @@ EXPERIMENTS = {
     "geometry": "geometry/experiment",
     "geometry_images": "geometry/experiment_images",
     "immiscible": "immiscible/digits8_flow",
+    "noise2score_levels": "noise2score/experiment",
 }
 
 

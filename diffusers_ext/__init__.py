@@ -97,6 +97,7 @@ _PUBLIC = {
         "PoissonGaussianNoise",
         "PoissonNoise",
     ],
+    "methods.noise2score.recipe": ["Noise2ScoreConfig", "Noise2ScoreRecipe"],
     "methods.noise2score.tweedie": ["posterior_mean"],
     "methods.oms.analysis": ["SignalLeak", "signal_leak", "terminal_snr"],
     "methods.oms.pipeline": ["OMSPipeline"],
