@@ -68,7 +68,7 @@ def penalty_of(family: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def estimate_noise_parameter(
     y: torch.Tensor,
     score: Callable[[torch.Tensor], torch.Tensor],
-    family: Literal["gaussian", "poisson", "gamma"],
+    family: str,
     blind_range: tuple[float, float],
     smoothing: float = 0.0,
     penalty: Literal["tv"] | Penalty = "tv",
@@ -82,7 +82,7 @@ def estimate_noise_parameter(
     Args:
         y: `(1, channels, height, width)`, one noisy image.
         score: see `posterior_mean`.
-        family: of the noise.
+        family: `"gaussian"`, `"poisson"` or `"gamma"`.
         blind_range: least and greatest parameter. The authors search sigma in 6/255 to 55/255, z in 0.005 to 0.1 and k
             in 40 to 120.
         smoothing: see `posterior_mean`.
@@ -102,10 +102,7 @@ def estimate_noise_parameter(
     if family != "poisson":  # there the parameter is not part of the question
         first = make(low)
         y = first._floored(y) if isinstance(first, GammaNoise) else y
-        answer = score(first.score_input(y))
-
-        def score(_: torch.Tensor) -> torch.Tensor:
-            return answer
+        score = _constant(score(first.score_input(y)))
 
     def measure(parameter: float) -> float:
         x = make(float(parameter)).denoise(y, score, smoothing)
@@ -117,9 +114,13 @@ def estimate_noise_parameter(
         penalties = np.array([measure(p) for p in parameters])
         best = int(np.nanargmin(penalties))
         around = parameters[max(best - 1, 0)], parameters[min(best + 1, len(parameters) - 1)]
-        found = minimize_scalar(measure, bounds=around, method="bounded", options={"xatol": 1e-3 * (high - low)})
+        found: Any = minimize_scalar(measure, bounds=around, method="bounded", options={"xatol": 1e-3 * (high - low)})
     parameter = float(found.x) if found.fun < penalties[best] else float(parameters[best])
     return NoiseEstimate(parameter, parameters.tolist(), penalties.tolist())
+
+
+def _constant(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda _: value
 
 
 def noise_maker(family: str, **options: Any) -> Callable[[float], NoiseModel]:

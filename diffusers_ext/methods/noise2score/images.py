@@ -48,9 +48,9 @@ def _batch(item: Any, channels: int) -> torch.Tensor:
         return batch.float() / whole[batch.dtype]
     if not isinstance(item, Image.Image | np.ndarray):
         raise ValueError(f"`image` must hold PIL images, arrays or tensors, got {type(item).__name__}.")
-    several = isinstance(item, np.ndarray) and item.ndim == 4
+    items: Any = item if isinstance(item, np.ndarray) and item.ndim == 4 else [item]
     try:
-        pixels = [exact_pixels(one, channels, None) for one in (item if several else [item])]
+        pixels = [exact_pixels(one, channels, None) for one in items]
     except ValueError as error:
         raise ValueError(f"`image` must hold images of {channels} channels and a known range: {error}.") from error
     return (torch.from_numpy(np.stack(pixels)).movedim(-1, 1) + 1) / 2

@@ -207,8 +207,12 @@ class _Multiplicative(NoiseModel):
     """What Gamma and exponential noise share: y = x g with g ~ Gamma(k, scale 1/k)."""
 
     valid_range: ClassVar[tuple[float, float]] = (0.0, math.inf)
-    k: float
     domain: Literal["log", "linear"]
+
+    @property
+    def k(self) -> float:
+        """The shape."""
+        raise NotImplementedError
 
     def score_input(self, y: torch.Tensor) -> torch.Tensor:
         """Returns log y in the log domain, where 0 is put to 0.001 with a warning; y itself in the linear one."""
@@ -259,7 +263,7 @@ class GammaNoise(_Multiplicative):
         _require(self.domain in ("log", "linear"), "domain", self.domain, "'log' or 'linear'")
 
     @property
-    def k(self) -> float:  # type: ignore[override]
+    def k(self) -> float:
         """The shape."""
         return self.shape
 
@@ -273,10 +277,14 @@ class ExponentialNoise(_Multiplicative):
     """
 
     domain: Literal["log", "linear"] = "linear"
-    k: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         _require(self.domain in ("log", "linear"), "domain", self.domain, "'log' or 'linear'")
+
+    @property
+    def k(self) -> float:
+        """The shape, 1."""
+        return 1.0
 
     def denoise(self, y: torch.Tensor, score: Function, smoothing: float) -> torch.Tensor:
         """The formula of `posterior_mean`, whose arguments are checked."""

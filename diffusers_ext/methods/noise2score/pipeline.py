@@ -214,7 +214,9 @@ class Noise2ScorePipeline(SafePipeline):
         """
         family, known = self.check_inputs(noise, noise_parameter, estimator, blind_range, penalty, tile, output_type)
         images = read_noisy_images(image, self.unet.config["in_channels"])
-        first = known or self._noise(family, blind_range[0], estimator)  # type: ignore[index]
+        ends: Any = blind_range
+        options = {"estimator": estimator, "domain": self.config["domain"]}
+        first = known or self._noise(family, ends[0], estimator)
         for item in images:
             first.check(item, "image")
         poisson_search = known is None and family == "poisson"
@@ -243,16 +245,7 @@ class Noise2ScorePipeline(SafePipeline):
                 answers = None if poisson_search else score(first.score_input(y))  # one call for all candidates
                 for i, row in enumerate(y.split(1)):
                     ask = score if answers is None else lambda _, i=i, all=answers: all[i : i + 1]
-                    options = {"estimator": estimator, "domain": self.config["domain"]}
-                    estimate = estimate_noise_parameter(
-                        row,
-                        ask,
-                        family,
-                        blind_range,
-                        self.smoothing,
-                        penalty,
-                        **options,  # type: ignore[arg-type]
-                    )
+                    estimate = estimate_noise_parameter(row, ask, family, ends, self.smoothing, penalty, **options)
                     found = self._noise(family, estimate.parameter, estimator)
                     results.append(posterior_mean(row, ask, found, self.smoothing)[0])
                     estimates.append(estimate)

@@ -148,7 +148,7 @@ class Noise2ScoreRecipe(Recipe[Noise2ScoreConfig]):
 
     Attributes:
         smoothing: at the beginning and in the end.
-        noise: as the pictures and the units of the score take it.
+        noise_model: as the pictures and the units of the score take it.
 
     Example:
         >>> from diffusers_ext import Noise2ScoreConfig, Noise2ScoreRecipe, Trainer
@@ -158,7 +158,7 @@ class Noise2ScoreRecipe(Recipe[Noise2ScoreConfig]):
 
     Config = Noise2ScoreConfig
     smoothing: tuple[float, float]
-    noise: NoiseModel
+    noise_model: NoiseModel
 
     def dataset(self, ctx: Context[Noise2ScoreConfig]) -> Any:
         """Loads the images as they are, and reads off some of them how strong their noise is."""
@@ -185,23 +185,25 @@ class Noise2ScoreRecipe(Recipe[Noise2ScoreConfig]):
         self.corrupts = ends is not None
         parameter = config.noise_parameter if ends is None else math.sqrt(ends[0] * ends[1])
         if parameter is not None or config.noise == "exponential":
-            self.noise = config.make_noise(parameter)
+            self.noise_model = config.make_noise(parameter)
         else:  # the parameter is not known, nor needed for the units
-            self.noise = GammaNoise(2.0, config.domain) if config.noise == "gamma" else AdditiveGaussianNoise(1.0)
+            self.noise_model = (
+                GammaNoise(2.0, config.domain) if config.noise == "gamma" else AdditiveGaussianNoise(1.0)
+            )
         if ends is not None:
-            y = self.noise.corrupt(y, torch.Generator().manual_seed(0))
-        self.noise.check(y, "train_data_dir")
-        std = estimate_noise_std(self.noise.score_input(y))
+            y = self.noise_model.corrupt(y, torch.Generator().manual_seed(0))
+        self.noise_model.check(y, "train_data_dir")
+        std = estimate_noise_std(self.noise_model.score_input(y))
         require(std > 0, "train_data_dir", config.train_data_dir or config.dataset_name, "a set of noisy images")
         if parameter is None and config.noise == "gamma":
-            self.noise = GammaNoise(max(1 / std**2, 1.1), config.domain)
+            self.noise_model = GammaNoise(max(1 / std**2, 1.1), config.domain)
         elif parameter is None and config.noise == "gaussian":
-            self.noise = AdditiveGaussianNoise(std)
+            self.noise_model = AdditiveGaussianNoise(std)
         defaults = (1.5, 1.0) if config.noise == "poisson" else (SHARE * std, SHARE * std)
         start = config.sigma_max or max(defaults[0], config.sigma_min or 0.0)
         self.smoothing = start, config.sigma_min or min(defaults[1], start)
         self.scales = {
-            "input_scale": self.noise.scale if isinstance(self.noise, PoissonNoise) else 1.0,
+            "input_scale": self.noise_model.scale if isinstance(self.noise_model, PoissonNoise) else 1.0,
             "score_scale": 1 / math.hypot(std, self.smoothing[1]),
         }
 
@@ -222,7 +224,7 @@ class Noise2ScoreRecipe(Recipe[Noise2ScoreConfig]):
         """The AR-DAE loss of a batch of noisy images."""
         smoothing = annealed_smoothing(ctx.ids[0], *self.smoothing, self.config.annealing_samples)
         with torch.no_grad():
-            y, noise = _unit(batch["pixel_values"]), self.noise
+            y, noise = _unit(batch["pixel_values"]), self.noise_model
             ends = self.config.parameters()
             if ends is not None:
                 share = float(ctx.rng.rand(1, stream="labels"))
@@ -253,10 +255,10 @@ class Noise2ScoreRecipe(Recipe[Noise2ScoreConfig]):
         """Returns the loss on the held-out images, PSNR if they are clean, and (noisy, denoised) images."""
         clean = y = self.held_out
         if self.corrupts:
-            y = self.noise.corrupt(clean.clamp_min(0), generator)
+            y = self.noise_model.corrupt(clean.clamp_min(0), generator)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an untrained score may not fit the noise
-            v, device = self.noise.score_input(y), pipeline.device
+            v, device = self.noise_model.score_input(y), pipeline.device
             u = torch.randn(v.shape, generator=generator)
             last = self.smoothing[1]
 
@@ -265,7 +267,7 @@ class Noise2ScoreRecipe(Recipe[Noise2ScoreConfig]):
 
             figures = {"score_loss": float(ar_dae_loss(score, v, u, last))}
             known = self.config.noise != "poisson_gaussian" or self.config.noise_parameter is not None
-            denoised = posterior_mean(y, score, self.noise, last) if known else y
+            denoised = posterior_mean(y, score, self.noise_model, last) if known else y
         if self.corrupts:
             error = (denoised.clamp(0, 1) - clean).square().mean((1, 2, 3))
             figures["psnr"] = float((-10 * error.log10()).mean())

@@ -96,7 +96,7 @@ def test_smoothing_falls_once_and_goes_on_where_a_run_stopped(tmp_path):
     expected = [1.5, 1.375, 1.25, 1.125, 1.0, 1.0]  # 8 samples a step, one epoch
     watch, recipe = run(config(tmp_path, max_train_steps=6, checkpointing_steps=3, **changes))
     assert watch.smoothing == pytest.approx(expected)
-    assert isinstance(recipe.noise, PoissonNoise)
+    assert isinstance(recipe.noise_model, PoissonNoise)
     whole = (tmp_path / "run" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     checkpoint = str(next(p for p in (tmp_path / "run").glob("checkpoint-*") if int(p.name.split("-")[-1]) == 3))
     resumed = {"resume_from_checkpoint": checkpoint, "overwrite_output_dir": True}
@@ -127,8 +127,8 @@ def test_counts_are_learned_in_counts_and_noise_is_measured(tmp_path):
         assert net.smoothing == recipe.smoothing[1]
         assert net.input_scale == (0.02 if name == "poisson" else 1.0)
         if name == "gamma":
-            assert isinstance(recipe.noise, GammaNoise)
-            assert recipe.noise.shape == pytest.approx(50, rel=0.2)
+            assert isinstance(recipe.noise_model, GammaNoise)
+            assert recipe.noise_model.shape == pytest.approx(50, rel=0.2)
 
 
 def test_blind_training_corrupts_clean_images_at_every_level(tmp_path, monkeypatch):
