@@ -133,7 +133,7 @@ def classical(noise, y):
     """Returns one noisy image `(height, width)` denoised by methods that learn nothing."""
     values, std, back = stabilised(noise, y.astype(np.float64))
     found = {
-        "tv": denoise_tv_chambolle(values, weight=std),
+        "tv": denoise_tv_chambolle(values, weight=std, eps=1e-6, max_num_iter=400),
         "nlm": denoise_nl_means(values, patch_size=5, patch_distance=6, h=0.6 * std, sigma=std, fast_mode=True),
     }
     low, high = values.min(), values.max()  # BM3D wants values of about [0, 1]
