@@ -41,6 +41,16 @@ METHODS = {
             "{experiment[fd_held_out_50_untuned_digits]} (lower is better)."
         ),
     },
+    "noise2score": {
+        "title": "Noise2Score",
+        "papers": ["2106.07009"],
+        "gives": "Denoise images in one network call that learned from noisy images alone, one of each.",
+        "headline": (
+            "Photographs with Gaussian noise of 25/255: {experiment[gaussian_25_noisy]} dB become "
+            "{experiment[gaussian_25_noise2score]} dB from one noisy copy; Noise2Noise, from two, reaches "
+            "{experiment[gaussian_25_noise2noise]}, BM3D, which learns nothing, {experiment[gaussian_25_bm3d]}."
+        ),
+    },
     "noise_diffusion": {
         "title": "NoiseDiffusion",
         "papers": ["2403.08840"],

@@ -20,6 +20,7 @@ EXPERIMENTS = {
     "geometry_images": "geometry/experiment_images",
     "immiscible": "immiscible/digits8_flow",
     "q_diffusion_bits": "q_diffusion/experiment",
+    "noise2score_levels": "noise2score/experiment",
 }
 
 

@@ -18,6 +18,7 @@ METHODS = {
     "domain_studio_text": ("DomainStudioTextRecipe", "any text-to-image pipeline adapted to about ten, also by LoRA"),
     "immiscible": ("ImmiscibleRecipe", "image diffusion or flow matching, with plain or paired noise"),
     "mmd_ddm": ("MMDDDMRecipe", "a pretrained denoiser, for few sampling steps"),
+    "noise2score": ("Noise2ScoreRecipe", "the score of noisy images from them alone, for denoising"),
     "oms": ("OMSRecipe", "a One More Step module for a base pipeline"),
     "sda_classifier": ("SDAClassifierRecipe", "an image classifier on aligned synthetic images"),
     "text_to_image": ("TextToImageRecipe", "any text-to-image pipeline of Diffusers, whole or by LoRA"),

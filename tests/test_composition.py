@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_ext import (
+    AdditiveGaussianNoise,
     AlignConfig,
     Callback,
     DomainStudioConfig,
@@ -24,6 +25,8 @@ from diffusers_ext import (
     ImmiscibleRecipe,
     MMDDDMConfig,
     MMDDDMRecipe,
+    Noise2ScoreConfig,
+    Noise2ScoreRecipe,
     NoiseDiffusionPipeline,
     OMSConfig,
     OMSPipeline,
@@ -39,6 +42,8 @@ from diffusers_ext import (
     asset_path,
     mmd2,
     parse_config,
+    posterior_mean,
+    score_from_diffusion,
 )
 from tests.methods.oms.gaussian import ExactStep
 from tests.methods.oms.tiny import module, stable_diffusion
@@ -139,6 +144,7 @@ def models(tmp_path_factory):
     run("mmd_ddm", MMDDDMRecipe, "immiscible", **tuning)
     run("mmd_ddm of domain_studio", MMDDDMRecipe, "domain_studio", **tuning)
     run("oms", OMSRecipe, "immiscible", module_config=str(folder / "unet.json"))
+    run("noise2score", Noise2ScoreRecipe, network="conv")
     text = {
         "train_data_dir": str(folder / "photos"),
         "instance_prompt": "a red cat",
@@ -338,6 +344,24 @@ def _(models, capsys):
         torch.testing.assert_close(found, base.unet(x, field.levels.t[level]).sample, atol=1e-5, rtol=0)
         same = ScoreField.from_pipeline(NoiseDiffusionPipeline.from_pipe(base))
         torch.testing.assert_close(same.eps(x, field.levels.sigma[level].item()), found, atol=1e-6, rtol=0)
+
+
+@row(
+    ("noise2score", "immiscible"),
+    "Noise2Score with an immiscibly trained model",
+    "works",
+    "`score_from_diffusion` reads it as it is: the formula gives the model's own estimate of the clean image.",
+)
+def _(models, capsys):
+    base = load(models, "immiscible")
+    a = base.scheduler.alphas_cumprod[100]
+    sigma = ((1 - a) / a).sqrt().item()
+    y = torch.stack(IMAGES) * 2 - 1
+    found = posterior_mean(y, score_from_diffusion(base.unet, base.scheduler, sigma), AdditiveGaussianNoise(sigma))
+    with torch.no_grad():
+        noise = base.unet(a.sqrt() * y, 100).sample
+    estimate = base.scheduler.step(noise, 100, a.sqrt() * y).pred_original_sample
+    torch.testing.assert_close(found, estimate, atol=1e-4, rtol=1e-4)
 
 
 @row(
@@ -673,6 +697,16 @@ def _(models, capsys):
 
 
 @row(
+    ("noise2score", "lora"),
+    "Noise2Score by LoRA",
+    "refused",
+    "Its networks are trained whole; `--lora_rank` is no argument of it.",
+)
+def _(models, capsys):
+    not_taken(Noise2ScoreConfig, "lora_rank", capsys)
+
+
+@row(
     ("sda", "lora"),
     "SDA's fine-tuning by LoRA",
     "refused",
@@ -710,6 +744,11 @@ def _(models, capsys):
 @row(("oms", "ema"), "EMA of One More Step", "works", "What is saved is the module's average.")
 def _(models, capsys):
     averaged(models, "oms", "oms_module")
+
+
+@row(("noise2score", "ema"), "EMA of Noise2Score", "works", "What is saved is the average.")
+def _(models, capsys):
+    averaged(models, "noise2score")
 
 
 @row(("noise_diffusion", "ema"), "NoiseDiffusion with averaged weights", "works", "A saved repo holds the average.")

@@ -47,6 +47,11 @@ def test_demo_loads_draws_measures_finetunes_and_reloads(tmp_path):
     before, after = map(float, re.search(r"in 5 steps: before ([\d.]+), after ([\d.]+)", text).groups())
     assert after * 2 < before
     assert (tmp_path / "mmd_ddm.png").is_file()
+    found = re.search(r"noisy ([\d.]+) dB, denoised ([\d.]+) dB; .*with that ([\d.]+) dB", text)
+    noisy, denoised, blind = map(float, found.groups())
+    assert denoised > noisy + 3
+    assert abs(blind - denoised) < 0.4
+    assert (tmp_path / "noise2score.png").is_file()
     source, adapted = map(float, re.search(r"right: source ([\d.]+), adapted ([\d.]+)", text).groups())
     assert adapted > source + 0.15
     assert (tmp_path / "sda.png").is_file()

@@ -25,6 +25,9 @@ import diffusers_ext
 from diffusers_ext import (
     ImageClassifierFeatures,
     ImageGenerationPipeline,
+    Noise2ScoreConvNet,
+    Noise2ScorePipeline,
+    Noise2ScoreUNet,
     NoiseDiffusionPipeline,
     OMSPipeline,
     SDATTAPipeline,
@@ -89,6 +92,35 @@ EXAMPLES = {
             lambda: ImageGenerationPipeline(unet(2), DDIMScheduler(), vae=vae()),
             num_inference_steps=2,
             output_type="pt",
+        ),
+    ],
+    "Noise2ScoreConvNet": [
+        example(
+            lambda: Noise2ScoreConvNet(base_channels=4, layers=3, sigma_conditioning=True, smoothing=0.1),
+            sample=torch.linspace(0, 1, 128).reshape(2, 1, 8, 8),
+        ),
+    ],
+    "Noise2ScorePipeline": [
+        example(
+            lambda: Noise2ScorePipeline(
+                Noise2ScoreUNet(base_channels=3, score_scale=1e4, smoothing=0.03).eval(), noise="gaussian"
+            ),
+            image=torch.linspace(0, 1, 480).reshape(1, 1, 20, 24),
+            blind_range=(0.02, 0.2),
+            output_type="pt",
+        ),
+        example(
+            lambda: Noise2ScorePipeline(unet(), smoothing=0.1, score_scale=3.0),
+            image=torch.linspace(0, 1, 128).reshape(2, 1, 8, 8),
+            noise="poisson",
+            noise_parameter=0.1,
+            output_type="pt",
+        ),
+    ],
+    "Noise2ScoreUNet": [
+        example(
+            lambda: Noise2ScoreUNet(base_channels=3, shared_blocks=True, score_scale=1e4),
+            sample=torch.linspace(0, 1, 480).reshape(1, 1, 20, 24),
         ),
     ],
     "NoiseDiffusionPipeline": [

@@ -16,6 +16,7 @@ __all__ = ["PANELS", "run_demo"]
 PANELS = [
     "image_generation",
     "mmd_ddm",
+    "noise2score",
     "noise_diffusion",
     "one_more_step",
     "q_diffusion",

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from diffusers_ext.generation.score_field import ScoreField
 from diffusers_ext.rng import mix
 from diffusers_ext.training.callbacks import Callback, Run
 
 from .draws import default_sigmas
-from .field import ScoreField
 from .gauge import SteinResidual, stein_residual
 from .space import diffused
 

@@ -14,8 +14,9 @@ from typing import Literal
 
 import torch
 
+from diffusers_ext.generation.score_field import ScoreField
+
 from .draws import check_images, check_sigmas, check_tolerance, denoising_moments, image_seeds, rows_of
-from .field import ScoreField
 from .flow import flow_jacobian, probability_flow
 from .gauge import SteinResidual
 from .jacobian import probes_at

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .field import ScoreField
-from .levels import as_levels
+from diffusers_ext.generation.score_field import ScoreField
+from diffusers_ext.generation.score_levels import as_levels
 
 __all__ = [
     "check_images",

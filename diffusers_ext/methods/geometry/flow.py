@@ -7,9 +7,10 @@ from typing import Literal
 
 import torch
 
-from .field import ScoreField
+from diffusers_ext.generation.score_field import ScoreField
+from diffusers_ext.generation.score_levels import as_levels
+
 from .jacobian import exact_jacobian
-from .levels import as_levels
 
 __all__ = ["at_y", "flow_jacobian", "probability_flow"]
 

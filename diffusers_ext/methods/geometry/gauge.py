@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from diffusers_ext.generation.score_field import ScoreField
+
 from .draws import check_images, check_sigmas, denoising_moments, image_seeds, rows_of
-from .field import ScoreField
 from .jacobian import probes_at
 
 __all__ = [

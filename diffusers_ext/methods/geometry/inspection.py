@@ -17,13 +17,13 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.data.sources import load_images
 from diffusers_ext.generation.latents import latent_factor
+from diffusers_ext.generation.score_field import ScoreField
 from diffusers_ext.hub.loading import checked_folder
 from diffusers_ext.rng import mix
 from diffusers_ext.training.config import check_types, described, require
 
 from .dimension import LARGEST, local_dimension
 from .draws import default_sigmas, denoising_moments, image_seeds, rows_of
-from .field import ScoreField
 from .gauge import TestFunctions, weak_terms
 from .jacobian import probes_at, vector_jacobian
 from .likelihood import log_likelihood

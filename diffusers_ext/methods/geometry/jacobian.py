@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from diffusers_ext.generation.score_field import ScoreField
+
 from .draws import check_images, image_seeds, rows_of
-from .field import ScoreField
 
 __all__ = ["JacobianProbes", "exact_jacobian", "jacobian_probes", "vector_jacobian"]
 

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from scipy.integrate import solve_ivp
 
+from diffusers_ext.generation.score_field import ScoreField
+
 from .draws import check_images, check_tolerance, image_seeds, rows_of
-from .field import ScoreField
 from .flow import at_y
 from .jacobian import vector_jacobian
 

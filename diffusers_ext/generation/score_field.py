@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .levels import Levels, Schedule
+from .score_levels import Levels, Schedule
 
 __all__ = ["ScoreField"]
 
@@ -71,7 +71,7 @@ class ScoreField:
             ValueError: the pipeline has no UNet that could be called without prompts.
         """
         if prompts is not None:
-            from diffusers_ext.generation.denoiser import PipelineDenoiser
+            from .denoiser import PipelineDenoiser
 
             denoiser = PipelineDenoiser(pipe, **model_kwargs)
             return cls(denoiser, denoiser.scheduler, conditions=denoiser.encode_prompts(prompts))
