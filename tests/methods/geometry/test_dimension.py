@@ -267,7 +267,7 @@ def test_bad_input(field):
         local_dimension(field, x, sigmas=[0.001, 0.1])
     with pytest.raises(ValueError, match="`sigmas` must be two or more for 'lidl'"):
         local_dimension(field, x, "lidl", sigmas=0.1)
-    with pytest.raises(ValueError, match="`residual` must be of the same sigmas"):
+    with pytest.raises(ValueError, match="`residual` must be a SteinResidual of the same sigmas"):
         local_dimension(field, x, sigmas=[0.1], residual=stein_residual(field, plane_data(2), [0.2]))
     with pytest.raises(ValueError, match=r"`x` must be floats of the shape \(images >= 2"):
         rank_by_dimension(field, x)
