@@ -19,6 +19,18 @@ _PUBLIC = {
     "data.corruptions": ["corrupt"],
     "data.sampler": ["PositionalBatchSampler", "SeededDataset"],
     "data.sources": ["load_images"],
+    "methods.ambient.consistency": ["consistency_loss", "reverse_step"],
+    "methods.ambient.levels": ["sample_sigma"],
+    "methods.ambient.noisy_data": ["FrozenNoise"],
+    "methods.ambient.objective": [
+        "add_noise_to",
+        "ambient_prediction",
+        "ambient_prediction_vp",
+        "unbiased_clean_target",
+        "vp_timestep",
+    ],
+    "methods.ambient.sampling": ["edm_levels", "heun_step"],
+    "methods.ambient.task": ["AmbientTask"],
     "methods.domain_studio.arguments": ["DomainStudioConfig", "DomainStudioTextConfig"],
     "methods.domain_studio.losses": [
         "DomainStudioLoss",
