@@ -1,7 +1,7 @@
 r"""Learning the clean sample from noisy ones of known level.
 
 A sample \(y = x_0 + \sigma_n n\) is noised on to \(x_t = y + \sqrt{\sigma^2 - \sigma_n^2}\, n'\) with
-\(\sigma > \sigma_n\). With \(q = (\sigma_n / \sigma)^2\) and what the network is to learn, \(D = \mathbb E[x_0 | x_t]\),
+\(\sigma > \sigma_n\). With \(q = (\sigma_n / \sigma)^2\), and \(D = \mathbb E[x_0 | x_t]\) to be learned,
 
 \[
 \mathbb E[y | x_t] = (1 - q) D + q x_t, \qquad
