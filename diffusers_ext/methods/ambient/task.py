@@ -125,10 +125,17 @@ class AmbientTask:
             )
 
     def draw(
-        self, sigma_n: torch.Tensor, rng: StepRNG, ids: Sequence[int] | None = None
+        self, sigma_n: torch.Tensor, rng: StepRNG, ids: Sequence[int] | None = None, one_timestep: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draws a timestep and a weight for each sample; see `AmbientLevels`."""
-        return self.levels(sigma_n, rng, ids)
+        """Draws a timestep and a weight for each sample; see `AmbientLevels`.
+
+        With `one_timestep` all get the same, of a clean sample's law, and samples with a level that is not below it
+        the weight 0.
+        """
+        if not one_timestep:
+            return self.levels(sigma_n, rng, ids)
+        t = self.law(len(sigma_n), rng, ids, sigma_n.device)[:1].expand(len(sigma_n))
+        return t, ((sigma_n == 0) | (self.schedule.sigma(t) > self.levels.bound(sigma_n))).float()
 
     def make(
         self,
@@ -145,14 +152,14 @@ class AmbientTask:
             sigma_n: `(batch,)`, 0 for clean ones.
             noise: standard normal, of `y`'s shape.
             t: `(batch,)` timesteps of the objective, of levels above `sigma_n`.
-            weight: `(batch,)`, by default 1.
+            weight: `(batch,)`, by default 1; samples of weight 0 may have any level.
 
         Raises:
             ValueError: a timestep is below its sample's level, or at it with the weighting `"uniform"` or min-SNR.
         """
         weight = torch.ones(len(y), device=y.device) if weight is None else weight
-        own = sigma_n.double()
-        if not bool((own > 0).any()):  # so that clean data are trained as ever, bit by bit
+        own = torch.where(weight > 0, sigma_n, 0).double()
+        if not bool((sigma_n > 0).any()):  # so that clean data are trained as ever, bit by bit
             noisy, target = self.objective.make(y, noise, t)
             return Made(noisy, target, t, None, weight)
         sigma = self.schedule.sigma(t)

@@ -86,7 +86,7 @@ def test_both_ways_have_the_same_mean_gradient():
         task = AmbientTask(EDM(), LogNormalLevels(), levels=levels)
         t = sigma.float().maximum(own)
         made = task.make(y[:, None], own, noise[:, None], t, weight.float())
-        prediction = 0.3 * made.noisy
+        prediction = 0.9 * made.noisy
         residual = made.keep * prediction - made.target
         gradient = (2 * made.weight[:, None] * made.keep * residual * made.noisy)[:, 0].double()
         means.append(gradient.mean())

@@ -94,7 +94,9 @@ def test_ddpm_steps_are_the_same_after_scaling():
     assert torch.equal(found[3], d[3])  # step 0 is not clean, -1 is
     levels = ((1 - alphas) / alphas).sqrt()
     assert vp_timestep(alphas, levels).tolist() == list(range(1000))
-    assert vp_timestep(alphas, 0.344).item() == 100  # alphas_cumprod[100] of a linear schedule is .8942
+    sdxl = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
+    assert sdxl[100].item() == pytest.approx(0.8942, abs=5e-5)
+    assert vp_timestep(sdxl, torch.tensor([0.0, 0.343, 0.344])).tolist() == [-1, 100, 101]
 
 
 def test_every_parameterisation_is_the_one_loss():
