@@ -13,6 +13,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,8 @@ class Network(nn.Module):
 
 def digits(seed):
     """Returns the training digits `(1397, 64)` in [-1, 1] in an order of the seed's, and all of them."""
-    every = torch.from_numpy(load_digits().data / 8 - 1).float()
+    images: Any = load_digits()
+    every = torch.from_numpy(images.data / 8 - 1).float()
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(every))[:TRAIN])
     return every[order], every
 

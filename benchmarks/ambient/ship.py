@@ -9,6 +9,7 @@ half precision.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ ROOT = RESULTS.parent.parent
 RUNS = Path("runs/ambient-shipped")
 SIZE, SIGMA, PART, STEPS = 8, 0.4, 0.9, 600
 UNET = {
-    "block_out_channels": [24, 48],
+    "block_out_channels": [16, 32],
     "down_block_types": ["DownBlock2D"] * 2,
     "up_block_types": ["UpBlock2D"] * 2,
     "layers_per_block": 1,
@@ -67,7 +68,7 @@ def make(column, name, description):
     )
     if not (RUNS / column / "model_index.json").is_file():
         train(AmbientRecipe, config)
-    pipeline = DiffusionPipeline.from_pretrained(RUNS / column)
+    pipeline: Any = DiffusionPipeline.from_pretrained(RUNS / column)
     pipeline.set_progress_bar_config(disable=True)
     sample = image_grid(pipeline(batch_size=64, generator=torch.Generator().manual_seed(0)).images)
     card = RepoCard(

@@ -18,7 +18,7 @@ from .drawing import grid, saved, titled
 
 __all__ = ["ambient"]
 
-SIZE, SIGMA, PART, COUNT = 8, 0.4, 0.9, 1000
+SIZE, SIGMA, PART, COUNT = 8, 0.4, 0.9, 256
 
 
 def ambient(output_dir: Path) -> Path:

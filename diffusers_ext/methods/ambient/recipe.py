@@ -50,7 +50,8 @@ class AmbientRecipe(DenoisingRecipe[AmbientConfig]):
             config.check_latents()
         self.task = config.make_task(self.objective, self.timesteps)
         levels = self.data.noise_levels()
-        self.task.check(self.image_scale * (config.sigma if levels is None else float(levels.max())))
+        largest = config.sigma if levels is None else float(levels.max())
+        self.task.check(self.image_scale * (largest or 0.0))
         if config.add_noise:
             self.frozen = config.make_noise_of(self.data)
             self.frozen.sigma = self.frozen.sigma * self.image_scale
