@@ -17,7 +17,7 @@ __all__ = ["StepRNG", "mix"]
 
 # Distinct first words of every seed, so that no two purposes share a stream.
 PERMUTATION, SAMPLE, GLOBAL = 1, 2, 3
-_STREAMS = {"noise": 11, "timesteps": 12, "latents": 13, "labels": 14, "probes": 15}
+_STREAMS = {"noise": 11, "timesteps": 12, "latents": 13, "labels": 14, "probes": 15, "augmentation": 16}
 
 
 def mix(*ints: int) -> int:
@@ -80,7 +80,7 @@ class StepRNG:
         """Returns the generator of a stream at this micro-step; further calls return it as the draws have left it.
 
         Args:
-            stream: `"noise"`, `"timesteps"`, `"latents"`, `"labels"` or `"probes"`.
+            stream: `"noise"`, `"timesteps"`, `"latents"`, `"labels"`, `"probes"` or `"augmentation"`.
             device: where it draws.
             rank: the process whose stream to take, by default this one's.
             id: the sample whose own stream to take instead of a process's.

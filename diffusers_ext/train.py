@@ -14,6 +14,8 @@ __all__ = ["FINISHED", "METHODS", "main"]
 
 # Name on the command line -> recipe in the public index, and what it trains. A method adds its line here.
 METHODS = {
+    "ambient": ("AmbientRecipe", "a model of clean images from noisy ones"),
+    "ambient_text": ("AmbientTextRecipe", "any text-to-image pipeline on noised images, also by LoRA"),
     "domain_studio": ("DomainStudioRecipe", "an image model adapted to about ten images"),
     "domain_studio_text": ("DomainStudioTextRecipe", "any text-to-image pipeline adapted to about ten, also by LoRA"),
     "immiscible": ("ImmiscibleRecipe", "image diffusion or flow matching, with plain or paired noise"),

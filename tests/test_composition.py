@@ -16,6 +16,9 @@ from safetensors.torch import load_file
 from diffusers_ext import (
     AdditiveGaussianNoise,
     AlignConfig,
+    AmbientConfig,
+    AmbientRecipe,
+    AmbientTextRecipe,
     Callback,
     DomainStudioConfig,
     DomainStudioRecipe,
@@ -133,6 +136,8 @@ def models(tmp_path_factory):
         Trainer(config, recipe(config), [watched[name]]).train()
 
     run("immiscible", ImmiscibleRecipe, noise="assignment", unet_config=str(folder / "unet.json"))
+    noised = {"sigma": 0.3, "add_noise": True, "unet_config": str(folder / "unet.json")}
+    run("ambient", AmbientRecipe, **noised, prediction_type="epsilon")
     run("domain_studio", DomainStudioRecipe, "immiscible")
     tuning = {
         "features": "pixels",
@@ -159,6 +164,9 @@ def models(tmp_path_factory):
         "noise": "assignment",
     }
     run("lora", DomainStudioTextRecipe, "text", **text)
+    for name in ("class_prompt", "class_data_dir", "num_class_images", "noise"):
+        text.pop(name)
+    run("ambient_lora", AmbientTextRecipe, "text", **text, sigma=0.3)
     real = torch.as_tensor(grey.astype(np.uint8)).float()[:, None] / 127.5 - 1
     return SimpleNamespace(folder=folder, watched=watched, common=common, real=real)
 
@@ -327,6 +335,27 @@ def _(models, capsys):
 )
 def _(models, capsys):
     ends_return(NoiseDiffusionPipeline.from_pipe(load(models, "immiscible")), IMAGES)
+
+
+@row(
+    ("noise_diffusion", "ambient"),
+    "NoiseDiffusion with an ambiently trained model",
+    "works",
+    "Of one with a schedule of betas, `--prediction_type epsilon`; end points return.",
+)
+def _(models, capsys):
+    ends_return(NoiseDiffusionPipeline.from_pipe(load(models, "ambient")), IMAGES)
+
+
+@row(
+    ("ambient", "immiscible"),
+    "Immiscible noise in ambient diffusion",
+    "refused",
+    "What is learned from noisy samples supposes noise that knows nothing of them; `--noise` is `gaussian`.",
+)
+def _(models, capsys):
+    with pytest.raises(ValueError, match="`noise` must be 'gaussian' without `noise_offset`, got 'assignment'"):
+        AmbientConfig(**models.common, sigma=0.3, noise="assignment")
 
 
 @row(
@@ -620,6 +649,15 @@ def _(models, capsys):
 # ---------------------------------------------------------------- LoRA
 
 
+def lora_average(models, name):
+    """Compares saved LoRA layers with the average of the layers after every update, by hand."""
+    layers = load_file(models.folder / name / "pytorch_lora_weights.safetensors")
+    for key, value in models.watched[name].average.items():
+        key = key.replace("lora_A.default", "lora.down").replace("lora_B.default", "lora.up")
+        saved = next(layer for end, layer in layers.items() if key.endswith(end.removeprefix("unet.")))
+        torch.testing.assert_close(saved, value, atol=1e-6, rtol=1e-5)
+
+
 def with_lora(models, pipeline):
     """Loads DomainStudio's LoRA, and returns what is to be undone."""
     pipeline.load_lora_weights(models.folder / "lora")
@@ -667,13 +705,19 @@ def _(models, capsys):
     "`train domain_studio_text --lora_rank 4`, for text-to-image models; for others `--lora_rank` is no argument.",
 )
 def _(models, capsys):
-    layers = load_file(models.folder / "lora" / "pytorch_lora_weights.safetensors")
-    average = models.watched["lora"].average
-    for name, value in average.items():
-        name = name.replace("lora_A.default", "lora.down").replace("lora_B.default", "lora.up")
-        saved = next(layer for key, layer in layers.items() if name.endswith(key.removeprefix("unet.")))
-        torch.testing.assert_close(saved, value, atol=1e-6, rtol=1e-5)
+    lora_average(models, "lora")
     not_taken(DomainStudioConfig, "lora_rank", capsys)
+
+
+@row(
+    ("ambient", "lora"),
+    "Ambient diffusion by LoRA",
+    "works",
+    "`train ambient_text --lora_rank 4`, for text-to-image models; for others `--lora_rank` is no argument.",
+)
+def _(models, capsys):
+    lora_average(models, "ambient_lora")
+    not_taken(AmbientConfig, "lora_rank", capsys)
 
 
 @row(
@@ -729,6 +773,11 @@ def averaged(models, name, part="unet"):
 @row(("immiscible", "ema"), "EMA of Immiscible Diffusion", "works", "What is saved is the average.")
 def _(models, capsys):
     averaged(models, "immiscible")
+
+
+@row(("ambient", "ema"), "EMA of ambient diffusion", "works", "What is saved is the average, of LoRA layers too.")
+def _(models, capsys):
+    averaged(models, "ambient")
 
 
 @row(("domain_studio", "ema"), "EMA of DomainStudio", "works", "What is saved is the average, of LoRA layers too.")

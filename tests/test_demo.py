@@ -52,6 +52,9 @@ def test_demo_loads_draws_measures_finetunes_and_reloads(tmp_path):
     assert denoised > noisy + 3
     assert abs(blind - denoised) < 0.4
     assert (tmp_path / "noise2score.png").is_file()
+    naive, known = map(float, re.search(r"taken for clean ([\d.]+), noise known ([\d.]+)", text).groups())
+    assert known * 1.5 < naive
+    assert (tmp_path / "ambient.png").is_file()
     source, adapted = map(float, re.search(r"right: source ([\d.]+), adapted ([\d.]+)", text).groups())
     assert adapted > source + 0.15
     assert (tmp_path / "sda.png").is_file()

@@ -15,6 +15,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     ModelMixin,
     UNet2DModel,
@@ -23,6 +24,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 import diffusers_ext
 from diffusers_ext import (
+    AmbientPipeline,
     ImageClassifierFeatures,
     ImageGenerationPipeline,
     Noise2ScoreConvNet,
@@ -121,6 +123,15 @@ EXAMPLES = {
         example(
             lambda: Noise2ScoreUNet(base_channels=3, shared_blocks=True, score_scale=1e4),
             sample=torch.linspace(0, 1, 480).reshape(1, 1, 20, 24),
+        ),
+    ],
+    "AmbientPipeline": [
+        example(
+            lambda: AmbientPipeline(unet(), EDMEulerScheduler(sigma_data=0.6), image_scale=2.0),
+            batch_size=2,
+            num_inference_steps=3,
+            stop_at_sigma=0.5,
+            output_type="pt",
         ),
     ],
     "NoiseDiffusionPipeline": [

@@ -77,7 +77,7 @@ def read_arrays(path: Path, exact: bool = False, sigma_column: str | None = None
                 f"`labels` must be {len(images)} integers >= 0, got {labels.dtype} of shape {labels.shape}."
             )
         columns["label"] = labels
-    if sigma_column in arrays:
+    if sigma_column is not None and sigma_column in arrays:
         check_noise_levels(arrays[sigma_column], sigma_column, len(images))
         columns[sigma_column] = arrays[sigma_column]
     return columns

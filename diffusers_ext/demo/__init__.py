@@ -14,6 +14,7 @@ from pathlib import Path
 __all__ = ["PANELS", "run_demo"]
 
 PANELS = [
+    "ambient",
     "image_generation",
     "mmd_ddm",
     "noise2score",

@@ -56,6 +56,10 @@ class ImageConfig(TrainConfig):
             require(data not in (output, *output.parents), "output_dir", self.output_dir, accepted)
         require(self.resolution >= 1, "resolution", self.resolution, "an integer >= 1")
 
+    def image_options(self) -> dict[str, Any]:
+        """Returns further arguments of `load_images`, or others instead of those above; here none."""
+        return {}
+
 
 @dataclass
 class ExactImageArguments:
@@ -110,7 +114,7 @@ def image_dataset(config: ImageConfig, verify: bool, caption_column: str | None 
         "max_train_samples": config.max_train_samples,
         "require_captions": config.require_captions,
     }
-    data: Any = load_images(config.dataset_name, **{**arguments, **options})
+    data: Any = load_images(config.dataset_name, **{**arguments, **config.image_options(), **options})
     if verify and not config.streaming:
         data.verify()
     return data

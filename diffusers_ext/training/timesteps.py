@@ -21,6 +21,22 @@ class Timesteps:
         """Returns a tensor of shape `(n,)`."""
         raise NotImplementedError
 
+    def at(self, p: torch.Tensor) -> torch.Tensor:
+        """Returns the timesteps that a draw exceeds with these probabilities in (0, 1), float64 of the same shape.
+
+        Those of uniform `p` have this law; of `p` below `exceeded(t)`, the law above `t`.
+        """
+        raise NotImplementedError
+
+    def exceeded(self, t: torch.Tensor) -> torch.Tensor:
+        """Returns the probability that a draw exceeds timesteps, float64 of their shape: the inverse of `at`."""
+        low, high = torch.zeros_like(t, dtype=torch.float64), torch.ones_like(t, dtype=torch.float64)
+        for _ in range(52):
+            middle = (low + high) / 2
+            above = self.at(middle) > t
+            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+        return high
+
 
 class UniformTimesteps(Timesteps):
     """Uniform timesteps: integers `0..num_train_timesteps-1`, or noise levels in `(0, 1]` when that is `None`.
@@ -40,6 +56,16 @@ class UniformTimesteps(Timesteps):
             return 1 - rng.rand(n, ids, device=device)
         return rng.randint(self.num_train_timesteps, n, ids, device=device)
 
+    def at(self, p: torch.Tensor) -> torch.Tensor:
+        """See `Timesteps.at`."""
+        length = self.num_train_timesteps
+        return 1 - p.double() if length is None else length - 1 - (p.double() * length).floor()
+
+    def exceeded(self, t: torch.Tensor) -> torch.Tensor:
+        """See `Timesteps.exceeded`; -1 lies below all integers."""
+        length = self.num_train_timesteps
+        return 1 - t.double() if length is None else (length - 1 - t.double()) / length
+
 
 class LogitNormalTimesteps(Timesteps):
     """Noise levels `sigmoid(N(0, 1))`, as in Stable Diffusion 3 (arXiv 2403.03206, section 3.1)."""
@@ -49,6 +75,14 @@ class LogitNormalTimesteps(Timesteps):
     ) -> torch.Tensor:
         """Returns `(n,)` float32 noise levels in `(0, 1)`."""
         return torch.sigmoid(rng.randn_like(torch.empty(n, device=device), ids, stream="timesteps"))
+
+    def at(self, p: torch.Tensor) -> torch.Tensor:
+        """See `Timesteps.at`."""
+        return torch.sigmoid(-torch.special.ndtri(p.double()))
+
+    def exceeded(self, t: torch.Tensor) -> torch.Tensor:
+        """See `Timesteps.exceeded`."""
+        return torch.special.ndtr(-torch.logit(t.double()))
 
 
 class LogNormalLevels(Timesteps):
@@ -72,6 +106,14 @@ class LogNormalLevels(Timesteps):
     ) -> torch.Tensor:
         """Returns `(n,)` float32 noise levels > 0."""
         return torch.exp(self.mean + self.std * rng.randn_like(torch.empty(n, device=device), ids, stream="timesteps"))
+
+    def at(self, p: torch.Tensor) -> torch.Tensor:
+        """See `Timesteps.at`."""
+        return torch.exp(self.mean - self.std * torch.special.ndtri(p.double()))
+
+    def exceeded(self, t: torch.Tensor) -> torch.Tensor:
+        """See `Timesteps.exceeded`."""
+        return torch.special.ndtr((self.mean - t.double().log()) / self.std)
 
 
 Density = Literal["uniform", "logit_normal", "mode"]
@@ -102,7 +144,21 @@ class ShiftedNoiseLevels(Timesteps):
             levels = LogitNormalTimesteps()(n, rng, ids, device)
         else:
             levels = 1 - rng.rand(n, ids, device=device)
-            if self.density == "mode":
-                levels = 1 - levels - 1.29 * (torch.cos(torch.pi / 2 * levels) ** 2 - 1 + levels)
+            levels = _mode(levels) if self.density == "mode" else levels
+        return self._shifted(levels)
+
+    def at(self, p: torch.Tensor) -> torch.Tensor:
+        """See `Timesteps.at`."""
+        p = p.double()
+        if self.density == "logit_normal":
+            return self._shifted(LogitNormalTimesteps().at(p))
+        return self._shifted(_mode(p) if self.density == "mode" else 1 - p)
+
+    def _shifted(self, levels: torch.Tensor) -> torch.Tensor:
         levels = levels.clamp(min=1e-4)
         return levels if self.shift is None else self.shift(levels)
+
+
+def _mode(u: torch.Tensor) -> torch.Tensor:
+    """Returns the levels of uniform numbers by the density `"mode"`, which fall with them."""
+    return 1 - u - 1.29 * (torch.cos(torch.pi / 2 * u) ** 2 - 1 + u)
