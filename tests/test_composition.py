@@ -415,7 +415,7 @@ def _(models, capsys):
     ("sgmse", "immiscible"),
     "Immiscible noise in the training of speech enhancement",
     "refused",
-    "The way back starts from a recording with fresh noise, which was near to nothing; `--noise` is no argument of it.",
+    "The way back starts from a recording with fresh noise, near to nothing; `--noise` is no argument of it.",
 )
 def _(models, capsys):
     not_taken(SGMSEConfig, "noise", capsys)

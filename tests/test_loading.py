@@ -202,7 +202,7 @@ EXAMPLES = {
             class_labels=torch.tensor([1, 3]),
         ),
     ],
-    "OUVEScheduler": [example(lambda: OUVEScheduler(2.0, 0.1, 1.0, algorithm="transitions", eta=0.5))],
+    "OUVEScheduler": [example(lambda: OUVEScheduler(theta=2.0, sigma_max=1.0, algorithm="transitions", eta=0.5))],
     "SBVEScheduler": [example(lambda: SBVEScheduler(k=2.5, algorithm="sde"))],
     "SGMSEUNet2DModel": [
         example(

@@ -184,7 +184,7 @@ class MixedSpeech:
         return {"clean": clean, "noisy": noisy}
 
     def _filtered(self, wave: np.ndarray) -> np.ndarray:
-        return wave if self.filter is None else sosfilt(self.filter, wave)
+        return wave if self.filter is None else np.asarray(sosfilt(self.filter, wave))
 
     def _room(self, generator: torch.Generator) -> np.ndarray:
         """Draws an impulse response."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from diffusers_ext.data.audio import SUFFIXES, audio_files, audio_info, write_audio
 from diffusers_ext.generation.processes import process_state
 from diffusers_ext.rng import mix
-from diffusers_ext.training.config import check_types, require
+from diffusers_ext.training.config import check_types, described, require
 
 from .pipeline import SpeechEnhancementPipeline
 
@@ -29,28 +29,20 @@ FILES = 62  # first word of the seeds
 class EnhanceConfig:
     """Arguments of `diffusers-ext enhance`.
 
-    Args:
-        files: sound files, and folders of which all are taken.
-        model: repo or folder of a `SpeechEnhancementPipeline`.
-        output_dir: folder of the results, which have the names, formats and rates of the files.
-        num_inference_steps: steps of the scheduler.
-        chunk_seconds: longest window.
-        overlap_seconds: time over which windows fade into each other.
-        batch_size: windows at a time.
-        seed: each file has its own random numbers from it and its name.
-
     Raises:
         ValueError: an argument is outside its range.
     """
 
-    files: Sequence[str] = field(default_factory=list)
-    model: str = ""
-    output_dir: str = ""
-    num_inference_steps: int = 30
-    chunk_seconds: float = 10.0
-    overlap_seconds: float = 1.0
-    batch_size: int = 8
-    seed: int = 0
+    files: Sequence[str] = described("Sound files, and folders of which all are taken.", (), group="data")
+    model: str = described("Repo or folder of a SpeechEnhancementPipeline.", "", group="model")
+    output_dir: str = described(
+        "Folder of the results, which have the names, formats and rates of the files.", "", group="saving and logging"
+    )
+    num_inference_steps: int = described("Steps of the scheduler.", 30)
+    chunk_seconds: float = described("Longest window.", 10.0)
+    overlap_seconds: float = described("Time over which windows fade into each other.", 1.0)
+    batch_size: int = described("Windows at a time.", 8)
+    seed: int = described("Each file has its own random numbers from it and its name.", 0)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -132,7 +124,6 @@ def _enhance(pipeline: Any, config: EnhanceConfig, result: Path, path: Path) -> 
 
 
 def _load(model: str) -> SpeechEnhancementPipeline:
-    require(model != "", "model", model, "repo or folder of a SpeechEnhancementPipeline")
     try:
         return SpeechEnhancementPipeline.from_pretrained(model)
     except Exception as error:  # the libraries raise many kinds

@@ -106,7 +106,7 @@ class SpeechEnhancementPipeline(SafePipeline):
         hop_length: int = 128,
         exponent: float = 0.5,
         factor: float = 0.15,
-        frame_padding: Literal["zero", "reflection"] = "zero",
+        frame_padding: str = "zero",
     ) -> None:
         super().__init__()
         kinds = ("zero", "reflection")
@@ -207,7 +207,7 @@ class SpeechEnhancementPipeline(SafePipeline):
         ]
         sizes = [np.diff(cuts[number].bounds(window)).item() for number, _, window in items]
         batches = groups(sizes, batch_size)
-        with self.progress_bar(total=len(batches) * num_inference_steps) as bar:
+        with self.progress_bar(total=len(batches) * num_inference_steps) as bar:  # type: ignore[call-arg]
             for batch in batches:
                 chosen = [items[position] for position in batch]
                 waves = torch.stack([recordings[n].wave[c, slice(*cuts[n].bounds(w))] for n, c, w in chosen])
@@ -295,6 +295,7 @@ def _block_noise(like: torch.Tensor, places: list[tuple[int, int, int]], draw: i
         for number in range(like.shape[-1] // block):
             words = (ENHANCEMENT, seed, draw, channel, first + number)
             generator = torch.Generator().manual_seed(mix(*words))
-            blocks.append(torch.randn(1, like.shape[2], block, dtype=like.dtype, generator=generator))
+            # In one precision, so that another one of the network sees the same noise.
+            blocks.append(torch.randn(1, like.shape[2], block, dtype=torch.complex64, generator=generator))
         rows.append(torch.cat(blocks, dim=-1))
-    return torch.stack(rows).to(like.device)
+    return torch.stack(rows).to(like)

@@ -91,8 +91,8 @@ def _weights(checkpoint: dict[str, Any], ema: bool) -> dict[str, torch.Tensor]:
     weights = {name.removeprefix("dnn."): value for name, value in kept.items()}
     if not ema:
         return weights
-    averaged = (checkpoint.get("ema") or {}).get("shadow_params")
-    require(averaged is not None, "ema", ema, "False for a checkpoint without averaged weights")
+    averaged = (checkpoint.get("ema") or {}).get("shadow_params") or []
+    require(len(averaged) > 0, "ema", ema, "False for a checkpoint without averaged weights")
     shapes = [tuple(value.shape) for value in weights.values()]
     require(
         [tuple(value.shape) for value in averaged] == shapes,

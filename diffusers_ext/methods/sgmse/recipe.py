@@ -83,7 +83,6 @@ class SGMSEConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.train_data_dir != "", "train_data_dir", self.train_data_dir, "given")
         require(self.snr_min <= self.snr_max, "snr_min", self.snr_min, f"at most snr_max, {self.snr_max}")
         require(0 < self.reverberation_min <= self.reverberation_max, "reverberation_min", self.reverberation_min,
                 f"a number in (0, reverberation_max], {self.reverberation_max}")  # fmt: skip
@@ -106,8 +105,9 @@ class SGMSEConfig(TrainConfig):
         if self.process == "sbve":
             return SBVEScheduler()
         return OUVEScheduler(
-            self.theta, self.sigma_min, self.sigma_max, self.time_min, self.prediction_type, self.algorithm or "pc"
-        )
+            theta=self.theta, sigma_min=self.sigma_min, sigma_max=self.sigma_max, sampling_eps=self.time_min,
+            prediction_type=self.prediction_type, algorithm=self.algorithm or "pc",
+        )  # fmt: skip
 
 
 def enhancement_loss(
@@ -151,20 +151,26 @@ class SGMSERecipe(Recipe[SGMSEConfig]):
         config, folder = self.config, Path(self.config.train_data_dir)
         require(folder.is_dir(), "train_data_dir", str(folder), "an existing folder")
         self.sound = self._sound()
-        length = (config.num_frames - 1) * self.sound.hop_length
-        if config.noise_dir is None and not config.reverberation:
-            return self._pairs("train_data_dir", folder, length)
+        mixed = config.noise_dir is not None or config.reverberation
+        self.data = self._mixed(folder) if mixed else self._pairs("train_data_dir", folder)
+        return self.data
+
+    def _length(self) -> int:
+        return (self.config.num_frames - 1) * self.sound.hop_length
+
+    def _mixed(self, folder: Path) -> MixedSpeech:
+        config = self.config
         times = (config.reverberation_min, config.reverberation_max) if config.reverberation else None
         return MixedSpeech(
-            folder, config.noise_dir, self.sound.sample_rate, length, (config.snr_min, config.snr_max), times,
+            folder, config.noise_dir, self.sound.sample_rate, self._length(), (config.snr_min, config.snr_max), times,
             high_pass=config.high_pass,
         )  # fmt: skip
 
-    def _pairs(self, name: str, folder: Path, length: int) -> PairedSpeech:
+    def _pairs(self, name: str, folder: Path) -> PairedSpeech:
         both = (folder / "clean").is_dir() and (folder / "noisy").is_dir()
         accepted = "a folder with the folders clean and noisy, or of clean speech with `noise_dir` or `reverberation`"
         require(both, name, str(folder), accepted)
-        return PairedSpeech(folder / "clean", folder / "noisy", self.sound.sample_rate, length)
+        return PairedSpeech(folder / "clean", folder / "noisy", self.sound.sample_rate, self._length())
 
     def _sound(self) -> Spectrogram:
         self.pretrained: Any = None
@@ -194,20 +200,18 @@ class SGMSERecipe(Recipe[SGMSEConfig]):
         require(config.num_frames % multiple == 0, "num_frames", config.num_frames, f"a multiple of {multiple}")
         SpeechEnhancementPipeline(unet, scheduler, **self._sound_options())  # type: ignore[arg-type] - checks the bins
         if config.num_validation_images:
-            self._set_validation(ctx)
+            self._set_validation()
         return Modules(unet, scheduler)
 
     def _sound_options(self) -> dict[str, Any]:
         padding = "zero" if self.pretrained is None else self.pretrained.config["frame_padding"]
         return {**{name: getattr(self.sound, name) for name in SOUND}, "frame_padding": padding}
 
-    def _set_validation(self, ctx: Context[SGMSEConfig]) -> None:
-        """Reads the recordings that every validation enhances: parts of five seconds at most."""
-        config, length = self.config, 5 * self.sound.sample_rate
+    def _set_validation(self) -> None:
+        """Reads the recordings that every validation enhances, as long as training samples."""
+        config, data = self.config, self.data
         if config.validation_data_dir is not None:
-            data: Any = self._pairs("validation_data_dir", Path(config.validation_data_dir), length)
-        else:
-            data = self.dataset(ctx)
+            data = self._pairs("validation_data_dir", Path(config.validation_data_dir))
         count = min(config.num_validation_images, len(data))
         self.validation = [data.get(index, torch.Generator().manual_seed(config.seed)) for index in range(count)]
 

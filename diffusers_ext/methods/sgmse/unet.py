@@ -30,7 +30,7 @@ class _Zeros(nn.Module):
         return x.new_zeros(len(x), self.channels, *x.shape[2:])
 
 
-def published_blocks(levels: int, attention: Sequence[int]) -> dict[str, tuple[str, ...]]:
+def published_blocks(levels: int, attention: Sequence[int]) -> dict[str, Any]:
     """Returns `down_block_types` and `up_block_types` of NCSN++ with attention on some levels, 0 the finest."""
     kinds = ["AttnSkip" if level in attention else "Skip" for level in range(levels)]
     return {
