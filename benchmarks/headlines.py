@@ -96,4 +96,10 @@ METHODS = {
             "shuffled batches are at hand."
         ),
     },
+    "sgmse": {
+        "title": "SGMSE+ speech enhancement",
+        "papers": ["2208.05830", "2406.06185", "2409.10753"],
+        "gives": "Take noise or reverberation from recordings of speech, of any length, rate and number of channels.",
+        "headline": "No experiment yet.",
+    },
 }

@@ -120,6 +120,50 @@ def inspect(words: list[str]) -> None:
         raise SystemExit(f"error: {error}") from error
 
 
+def enhance_parser() -> argparse.ArgumentParser:
+    """Returns the parser of `enhance`."""
+    parser = _parser("enhance")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="sound files, or folders of them")
+    parser.add_argument("--model", required=True, help="repo or folder of a SpeechEnhancementPipeline")
+    parser.add_argument("--output_dir", required=True, help="folder of the results")
+    parser.add_argument("--num_inference_steps", type=int, default=30, help="steps of the scheduler")
+    parser.add_argument("--chunk_seconds", type=float, default=10.0, help="longest window")
+    parser.add_argument("--overlap_seconds", type=float, default=1.0, help="time over which windows fade")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows at a time")
+    parser.add_argument("--seed", type=int, default=0, help="each file has its own random numbers from it")
+    return parser
+
+
+def enhance(words: list[str]) -> None:
+    """Enhances speech."""
+    import diffusers_ext
+
+    try:
+        config = diffusers_ext.EnhanceConfig(**vars(enhance_parser().parse_args(words)))
+        results = diffusers_ext.enhance_files(config)
+    except (ImportError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(f"{len(results)} files in {config.output_dir}")
+
+
+def convert(words: list[str]) -> None:
+    """Converts a published checkpoint."""
+    import diffusers_ext
+
+    parser = _parser("convert")
+    parser.add_argument("checkpoint", type=Path, help=".ckpt file of SGMSE+")
+    parser.add_argument("output_dir", help="folder of the pipeline")
+    parser.add_argument("--no_ema", action="store_true", help="take the plain weights instead of the averaged ones")
+    arguments = parser.parse_args(words)
+    try:
+        if not arguments.checkpoint.is_file():
+            raise ValueError(f"`checkpoint` must be a file, got {str(arguments.checkpoint)!r}.")
+        found = diffusers_ext.SpeechEnhancementPipeline.from_published(arguments.checkpoint, not arguments.no_ema)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    print(diffusers_ext.save_repo(found, arguments.output_dir))
+
+
 def info(words: list[str]) -> None:
     """Prints versions and public names."""
     _parser("info").parse_args(words)
@@ -168,5 +212,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "align": ("take a labelled set through a diffusion model", _sda("align", "AlignSetConfig")),
     "evaluate": ("measure an SDATTAPipeline on clean and corrupted images", _sda("evaluate", "EvaluateConfig")),
     "inspect": ("measure how far a model is from a score, and the dimension of its images", inspect),
+    "enhance": ("take noise or reverberation from recordings of speech", enhance),
+    "convert": ("write a published SGMSE+ checkpoint as a Diffusers pipeline", convert),
     "info": ("print the versions that a bug report needs, and the public names", info),
 }

@@ -39,6 +39,7 @@ from diffusers_ext import (
     ScoreField,
     SDAClassifierConfig,
     SDATTAPipeline,
+    SGMSEConfig,
     StableDiffusionNoiseDiffusionPipeline,
     Trainer,
     align,
@@ -50,6 +51,7 @@ from diffusers_ext import (
 )
 from tests.methods.oms.gaussian import ExactStep
 from tests.methods.oms.tiny import module, stable_diffusion
+from tests.methods.sgmse.tiny import pipeline as speech_enhancer
 from tests.training.tiny import UNET
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -422,6 +424,30 @@ def _(models, capsys):
         expected = pipeline.classifier(images * 2 - 1)
     torch.testing.assert_close(pipeline(images, ensemble="source").logits, expected, atol=1e-5, rtol=0)
     assert NoiseDiffusionPipeline.from_pipe(pipeline).unet is frames.unet
+
+
+# ---------------------------------------------------------------- speech
+
+
+@row(
+    ("noise_diffusion", "sgmse"),
+    "NoiseDiffusion made from a speech enhancer",
+    "refused",
+    "A speech enhancer's process ends in the recording, not in pure noise; its scheduler is no DDIM.",
+)
+def _(models, capsys):
+    with pytest.raises(ValueError, match="expected .*scheduler"):
+        NoiseDiffusionPipeline.from_pipe(speech_enhancer())
+
+
+@row(
+    ("sgmse", "immiscible"),
+    "Immiscible noise in the training of speech enhancement",
+    "refused",
+    "The way back starts from a recording with fresh noise, near to nothing; `--noise` is no argument of it.",
+)
+def _(models, capsys):
+    not_taken(SGMSEConfig, "noise", capsys)
 
 
 # ---------------------------------------------------------------- SDA

@@ -13,6 +13,7 @@ import yaml
 import diffusers_ext
 from benchmarks import report
 from benchmarks.headlines import METHODS
+from diffusers_ext import cli
 from diffusers_ext.train import FINISHED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,7 +206,10 @@ def check_command(words):
         )
     elif "diffusers-ext" in words:
         command, *arguments = words[words.index("diffusers-ext") + 1 :]
-        if command in ("app", "asset", "config", "demo", "info"):
+        if command in ("app", "asset", "config", "convert", "demo", "info"):
+            return
+        if command == "enhance":
+            diffusers_ext.EnhanceConfig(**vars(cli.enhance_parser().parse_args(arguments)))
             return
         if command == "inspect":
             diffusers_ext.parse_config(diffusers_ext.InspectConfig, ["--repo", *arguments])

@@ -58,6 +58,9 @@ class Callback:
     def on_validate(self, trainer: Run, images: list[Image.Image]) -> None:
         """After validation pictures were drawn; `images` is empty on all but the main process."""
 
+    def on_figures(self, trainer: Run, figures: dict[str, float]) -> None:
+        """After the recipe measured the pipeline; `figures` is empty on all but the main process."""
+
     def on_save(self, trainer: Run, checkpoint: Path) -> None:
         """After a checkpoint was written."""
 
@@ -73,6 +76,16 @@ def draw_pictures(trainer: Run, pipeline: Any, stream: int) -> list[Image.Image]
     except Exception as error:  # a full device, a scheduler's own kinds
         warnings.warn(f"no pictures at step {trainer.step}: {type(error).__name__}: {error}", stacklevel=2)
         return []
+
+
+def measure(trainer: Run, pipeline: Any, stream: int) -> dict[str, float]:
+    """Takes the recipe's figures; what goes wrong is a warning, since figures are no reason to lose a run."""
+    generator = torch.Generator().manual_seed(mix(trainer.config.seed, stream))
+    try:
+        return trainer.recipe.figures(pipeline, generator)
+    except Exception as error:  # whatever a measure runs into
+        warnings.warn(f"no figures at step {trainer.step}: {type(error).__name__}: {error}", stacklevel=2)
+        return {}
 
 
 def image_grid(images: list[Image.Image], columns: int | None = None) -> Image.Image:
@@ -127,6 +140,10 @@ class MetricsLog(Callback):
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": trainer.step, **logs}) + "\n")
 
+    def on_figures(self, trainer: Run, figures: dict[str, float]) -> None:
+        if figures:
+            self.on_log(trainer, figures)
+
 
 class Trackers(Callback):
     """The trackers of `--report_to`, through accelerate."""
@@ -138,6 +155,10 @@ class Trackers(Callback):
 
     def on_log(self, trainer: Run, logs: dict[str, float]) -> None:
         trainer.accelerator.log(logs, step=trainer.step)
+
+    def on_figures(self, trainer: Run, figures: dict[str, float]) -> None:
+        if figures:
+            self.on_log(trainer, figures)
 
     def on_validate(self, trainer: Run, images: list[Image.Image]) -> None:
         import numpy as np
@@ -165,13 +186,15 @@ class Validation(Callback):
     def on_step_end(self, trainer: Run) -> None:
         every = trainer.config.validation_steps
         if every and trainer.step % every == 0:
-            images = self.draw(trainer)
+            images, figures = self.draw(trainer)
             for callback in trainer.callbacks:
                 callback.on_validate(trainer, images)
+                callback.on_figures(trainer, figures)
 
-    def draw(self, trainer: Run) -> list[Image.Image]:
-        """Draws and saves the pictures of this step; returns them on the main process."""
+    def draw(self, trainer: Run) -> tuple[list[Image.Image], dict[str, float]]:
+        """Draws and saves the pictures of this step, and measures; returns both on the main process."""
         images: list[Image.Image] = []
+        figures: dict[str, float] = {}
         with trainer.exported_pipeline() as pipeline:
             if pipeline is not None:
                 start = time.perf_counter()
@@ -181,8 +204,9 @@ class Validation(Callback):
                     folder = Path(trainer.config.output_dir) / "samples"
                     folder.mkdir(exist_ok=True)
                     image_grid(images).save(folder / f"step-{trainer.step:07d}.png")
+                figures = measure(trainer, pipeline, VALIDATION)
                 trainer.pause(time.perf_counter() - start)
-        return images
+        return images, figures
 
 
 def default_callbacks(config: Any) -> list[Callback]:

@@ -32,7 +32,7 @@ from diffusers_ext.data.sampler import PositionalBatchSampler, SeededDataset, St
 from diffusers_ext.hub.repo import push_repo
 from diffusers_ext.rng import StepRNG, mix
 
-from .callbacks import Callback, default_callbacks, draw_pictures, image_grid
+from .callbacks import Callback, default_callbacks, draw_pictures, image_grid, measure
 from .checkpoint import (
     DamagedCheckpointError,
     find_checkpoint,
@@ -466,5 +466,6 @@ class Trainer:
             card = self.recipe.card()
             card.arguments = config.to_dict()
             card.results = {"training loss": self._last_loss, "updates": self.step, **card.results}
+            card.results |= measure(self, pipeline, SAMPLE_PICTURE)
             images = draw_pictures(self, pipeline, SAMPLE_PICTURE) if config.num_validation_images else []
             self.recipe.save(pipeline, config.output_dir, card, image_grid(images) if images else None)

@@ -132,6 +132,10 @@ class Recipe(Generic[ConfigT]):
         """Draws `num_validation_images` images; the default calls the pipeline without further arguments."""
         raise NotImplementedError
 
+    def figures(self, pipeline: DiffusionPipeline, generator: torch.Generator) -> dict[str, float]:
+        """Measures the pipeline, in validation and at the end, for logs and the model card; by default nothing."""
+        return {}
+
     def card(self) -> RepoCard:
         """Returns the model card's contents, without arguments and results, which the engine fills in."""
         raise NotImplementedError

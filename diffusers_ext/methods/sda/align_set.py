@@ -10,13 +10,14 @@ from typing import Any, Literal
 import torch
 
 from diffusers_ext.data.sources import load_images
+from diffusers_ext.generation.processes import process_state
 from diffusers_ext.rng import mix
 from diffusers_ext.training.config import check_types, described, require
 
 from .align import AlignConfig, align
 from .generate import DTYPES, finish, load_pipeline
 from .lowpass import LowPass
-from .shards import ImageShards, check_whole, process_state, to_pil
+from .shards import ImageShards, check_whole, to_pil
 
 __all__ = ["AlignSetConfig", "AlignmentArguments", "align_set", "sample_generators"]
 

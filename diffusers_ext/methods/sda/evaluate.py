@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.data.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, corrupt
 from diffusers_ext.data.sources import load_images
+from diffusers_ext.generation.processes import process_state
 from diffusers_ext.rng import mix
 from diffusers_ext.training.config import check_types, described, require
 
@@ -26,7 +27,7 @@ from .baselines import STREAMS, stream_logits, stream_order
 from .generate import load_pipeline
 from .lowpass import LowPass
 from .pipeline import SDATTAPipeline, align_settings
-from .shards import process_state, to_pil
+from .shards import to_pil
 from .views import classify
 
 __all__ = ["EvaluateConfig", "evaluate"]

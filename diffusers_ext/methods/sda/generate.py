@@ -12,11 +12,12 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
+from diffusers_ext.generation.processes import process_state
 from diffusers_ext.hub.loading import checked_folder
 from diffusers_ext.rng import mix
 from diffusers_ext.training.config import check_types, described, require
 
-from .shards import ImageShards, process_state
+from .shards import ImageShards
 
 __all__ = ["GenerateConfig", "generate"]
 
