@@ -26,6 +26,8 @@ def _levels(name: str, values: torch.Tensor | float, x: torch.Tensor) -> torch.T
         ValueError: they are not finite, negative, or of another shape.
     """
     levels = torch.as_tensor(values, dtype=torch.float64, device=x.device)
+    if levels.ndim == x.ndim and levels[0].numel() == 1:  # shaped for the samples already
+        levels = levels.flatten()
     if levels.ndim > 1 or (levels.ndim == 1 and len(levels) not in (1, len(x))):
         raise ValueError(f"`{name}` must be one level or one for each of {len(x)} samples, got {tuple(levels.shape)}.")
     if not bool((levels.isfinite() & (levels >= 0)).all()):
