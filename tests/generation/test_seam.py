@@ -354,6 +354,7 @@ def test_the_network_may_be_wrapped_in_the_denoiser():
         assert torch.equal(denoiser(x, TIMESTEPS, conditions), 2 * wanted)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 cannot trace Qwen-Image's positions")
 def test_compiled_networks_meet_few_lengths():
     denoiser = denoiser_of("QwenImagePipeline")
     conditions, x = denoiser.encode_prompts(PROMPTS), noise((1, 128, 16))

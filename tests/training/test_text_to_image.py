@@ -420,7 +420,7 @@ REFUSED = {
     ),
     "call": ({"call_options": '{"gidance": 1}'}, "`gidance` is no argument"),
     "size in the call": ({"call_options": '{"height": 64}'}, "`call_options` must be a JSON object without the size"),
-    "rank": ({"lora_rank": 10**9}, "`lora_rank` must be at most 16, the full rank of the largest layer"),
+    "rank": ({"lora_rank": 10**9}, "`lora_rank` must be at most .*, the full rank of the largest layer"),
     "no prompts": ({"validation_prompt": " ; "}, "`validation_prompt` must be a prompt, or several, got ' ; '"),
     "steps": ({"validation_inference_steps": 10**6}, "`validation_inference_steps` must be at most 1000"),
     "flip": ({"cache_latents": True, "random_flip": True}, "`random_flip` must be False with `cache_latents`"),

@@ -17,6 +17,7 @@ from diffusers import (
 from diffusers.utils import is_peft_available
 
 from diffusers_ext import OMSPipeline
+from diffusers_ext.generation.stock_call import guides
 
 from .gaussian import STABLE_DIFFUSION
 from .tiny import (
@@ -284,7 +285,7 @@ def test_every_argument_of_the_base_passes_through(monkeypatch):
         names = [p for p in inspect.signature(base.__call__).parameters if p not in ("kwargs", "image")]
         ours = {"prompt", "generator", "latents", "num_inference_steps", "height", "width", "num_images_per_prompt"}
         ours |= {"prompt_embeds", "class_labels", "batch_size", "timesteps", "sigmas", "output_type"}
-        marks = {p: object() for p in names if p not in ours and p not in call}
+        marks = {p: 1.5 if guides(p) else object() for p in names if p not in ours and p not in call}
         found = handed_over(monkeypatch, pipeline, **call, **marks)
         assert {p: found[p] for p in marks} == marks
         assert found.keys() == {*call, *marks, "latents", "generator"}
