@@ -61,7 +61,8 @@ def load_published(path: str | os.PathLike, ema: bool = True) -> dict[str, Any]:
     return {
         "unet": unet.eval(),
         "scheduler": scheduler,
-        "sample_rate": int(parameters.get("sr", 48000 if wide else 16000)),
+        # As the authors enhance: `sr` is 16000 in checkpoints of 48 kHz too, where nobody set it.
+        "sample_rate": 48000 if wide else int(parameters.get("sr", 16000)),
         "n_fft": parameters.get("n_fft", 1534 if wide else 510),
         "hop_length": parameters.get("hop_length", 384 if wide else 128),
         "exponent": parameters.get("spec_abs_exponent", 0.667 if wide else 0.5),
