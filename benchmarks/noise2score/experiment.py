@@ -133,7 +133,7 @@ def classical(noise, y):
     """Returns one noisy image `(height, width)` denoised by methods that learn nothing."""
     values, std, back = stabilised(noise, y.astype(np.float64))
     found = {
-        "tv": denoise_tv_chambolle(values, weight=std, eps=1e-6, max_num_iter=400),
+        "tv": denoise_tv_chambolle(values, weight=std),
         "nlm": denoise_nl_means(values, patch_size=5, patch_distance=6, h=0.6 * std, sigma=std, fast_mode=True),
     }
     low, high = values.min(), values.max()  # BM3D wants values of about [0, 1]
@@ -144,7 +144,7 @@ def classical(noise, y):
 
 @torch.no_grad()
 def denoised(level, seed, clean, y):
-    """Returns the images of every method, `(n, 1, height, width)`, and the parameters that the blind search found."""
+    """Returns the images of the networks, `(n, 1, height, width)`, by method."""
     noise, found = LEVELS[level], {"noisy": y}
     for method in ("supervised", "noise2noise"):
         found[method] = y + network(method, level, seed, clean)(y).sample
@@ -157,14 +157,25 @@ def denoised(level, seed, clean, y):
     found["noise2score"] = posterior_mean(y, score, noise, smoothing)
     if isinstance(noise, PoissonNoise):
         found["noise2score_mode"] = posterior_mean(y, score, PoissonNoise(noise.scale, "mode"), smoothing)
-    family = level.split("_")[0]
+    return found
+
+
+@torch.no_grad()
+def denoised_blindly(level, seed, clean, y):
+    """Returns the images of Noise2Score without the parameter, and the parameters that it found."""
+    net, family = network("noise2score", level, seed, clean), level.split("_")[0]
+    smoothing = net.config.smoothing
+
+    def score(v):
+        return net(v).sample
+
     kind = {"gaussian": AdditiveGaussianNoise, "poisson": PoissonNoise, "gamma": GammaNoise}[family]
     parameters, blind = [], []
     for image in y:
         estimate = estimate_noise_parameter(image[None], score, family, BLIND[family], smoothing)
         parameters.append(estimate.parameter)
         blind.append(posterior_mean(image[None], score, kind(estimate.parameter), smoothing))
-    return found | {"noise2score_blind": torch.cat(blind)}, parameters
+    return torch.cat(blind), parameters
 
 
 def compare(level, seed):
@@ -172,7 +183,8 @@ def compare(level, seed):
     start = time.perf_counter()
     clean, test = photographs()
     y = LEVELS[level].corrupt(test, seeded(seed, 4))
-    images, parameters = denoised(level, seed, clean, y)
+    images = denoised(level, seed, clean, y)
+    images["noise2score_blind"], parameters = denoised_blindly(level, seed, clean, y)
     rows = [classical(LEVELS[level], image[0].numpy()) for image in y]
     images |= {name: torch.from_numpy(np.stack([row[name] for row in rows]))[:, None] for name in rows[0]}
     measured = {f"blind_parameter_{photo}": p for photo, p in zip(PHOTOS, parameters, strict=True)}
@@ -215,19 +227,19 @@ def summarise(results):
 
 
 def plot(path):
-    """A crop of the second photograph at three levels: clean, noisy, Noise2Noise, Noise2Score, blind."""
+    """A crop of the first photograph at three levels: clean, noisy, supervised, Noise2Noise, Noise2Score."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     clean, test = photographs()
-    shown = {"noisy": "noisy", **{k: METHODS[k] for k in ("noise2noise", "noise2score", "noise2score_blind")}}
+    shown = {"noisy": "noisy", **{k: METHODS[k] for k in ("supervised", "noise2noise", "noise2score")}}
     levels = ["gaussian_25", "poisson_0.01", "gamma_50"]
     figure_, axes = plt.subplots(3, 5, figsize=(11, 7), constrained_layout=True)
     for row, level in zip(axes, levels, strict=True):
         y = LEVELS[level].corrupt(test, seeded(0, 4))
-        images = {"clean": test} | {k: v for k, v in denoised(level, 0, clean, y)[0].items() if k in shown}
+        images = {"clean": test} | denoised(level, 0, clean, y)
         for axis, name in zip(row, ["clean", *shown], strict=True):
             crop = images[name][0, 0, 100:228, 60:200].clamp(0, 1)
             axis.imshow(crop, cmap="gray", vmin=0, vmax=1)
@@ -252,7 +264,6 @@ def main():
         return
     results = {level: [json.loads((RUNS / f"{level}-{seed}.json").read_text()) for seed in SEEDS] for level in LEVELS}
     figures = summarise(results)
-    plot(RESULTS / "noise2score" / "experiment.png")
     rows = {k: v for k, v in METHODS.items() if f"gaussian_25_{k}" in figures or f"poisson_0.01_{k}" in figures}
     write_result(
         "noise2score/experiment",
@@ -263,6 +274,7 @@ def main():
         {"of": "PSNR in dB, mean of the two photographs", "rows": rows, "columns": TITLES},
         says=SAYS,
     )
+    plot(RESULTS / "noise2score" / "experiment.png")
 
 
 if __name__ == "__main__":
