@@ -55,6 +55,11 @@ def test_demo_loads_draws_measures_finetunes_and_reloads(tmp_path):
     naive, known = map(float, re.search(r"taken for clean ([\d.]+), noise known ([\d.]+)", text).groups())
     assert known * 1.5 < naive
     assert (tmp_path / "ambient.png").is_file()
+    distances = [float(d) for d in re.findall(r"Frechet distance to real digits ([\d.]+)$", text, re.M)]
+    whole, nearest_8, nearest_4, learned_4 = distances
+    assert nearest_8 < 1.2 * whole
+    assert learned_4 < 0.7 * nearest_4
+    assert (tmp_path / "q_diffusion.png").is_file()
     source, adapted = map(float, re.search(r"right: source ([\d.]+), adapted ([\d.]+)", text).groups())
     assert adapted > source + 0.15
     assert (tmp_path / "sda.png").is_file()

@@ -4,7 +4,7 @@
 
 Each model is calibrated on 128 of its own samples at 10 of 20 timesteps and quantized in several ways. Measured
 against the model in fp32: the error of its prediction on states of other samples, relative to the prediction's mean
-square; and Frechet and kernel distances of 500 samples to real images. Beside them, in the same run, what else users
+square; and Frechet and kernel distances of 300 samples to real images. Beside them, in the same run, what else users
 of Diffusers have, where it is installed (`pip install --no-deps torchao optimum-quanto sdnq`), and all that is stored.
 
 What is finished is not done again (runs/q_diffusion). The result is benchmarks/results/q_diffusion/experiment.json
@@ -39,7 +39,7 @@ from diffusers_ext.methods.q_diffusion.reconstruct import Settings, calibrated
 RUNS = RESULTS.parents[1] / "runs" / "q_diffusion"
 MODELS = {"digits": "digits16-base", "photos": "photos-base"}
 SEEDS, STEPS, TIMESTEPS, SAMPLES = [0, 1, 2], 20, 10, 128
-ITERS, ACT_ITERS, COUNT = 300, 150, 500
+ITERS, ACT_ITERS, COUNT = 200, 80, 300
 W4A8 = {"weight_bits": 4, "act_bits": 8}
 # What is quantized how: configuration, updates of the rounding and of the steps, and the states it is calibrated on.
 WAYS = {

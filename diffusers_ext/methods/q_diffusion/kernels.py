@@ -12,7 +12,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ __all__ = [
     "int8_conv2d",
     "int8_linear",
     "kernel_is_exact",
+    "pack_conv2d",
+    "pack_linear",
     "rounded_activations",
     "select_kernel",
     "to_uint8",
@@ -49,11 +51,32 @@ def rounded_activations(x: torch.Tensor, step: float, zero: int) -> torch.Tensor
     return (x / step).round_().add_(zero).clamp_(0, 255).sub_(zero).mul_(step)
 
 
+def pack_conv2d(
+    weight: torch.Tensor, scale: torch.Tensor, step: float, zero: int, options: ConvShape, size: Sequence[int]
+) -> torch.Tensor:
+    """Brings the weight of a convolution into the order in which the kernel reads it.
+
+    Args:
+        weight: `(out, in, kernel, kernel)` int8.
+        scale: `(out,)` fp32.
+        step: of the activations.
+        zero: of the activations.
+        options: stride, padding, dilation and groups.
+        size: of the input; others work with the same weight.
+    """
+    return torch.ops.onednn.qconv_prepack(weight, scale, step, zero, *_window(options), list(size))
+
+
+def pack_linear(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """Brings the weight of a linear layer, `(out, in)` int8, into the kernel's order; see `pack_conv2d`."""
+    return torch.ops.onednn.qlinear_prepack(weight, [rows, weight.shape[1]])
+
+
 def int8_conv2d(
     q: torch.Tensor,
     step: float,
     zero: int,
-    weight: torch.Tensor,
+    packed: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
     options: ConvShape,
@@ -64,7 +87,7 @@ def int8_conv2d(
         q: `(batch, in, height, width)` uint8.
         step: of the activations.
         zero: of the activations.
-        weight: `(out, in, kernel, kernel)` int8.
+        packed: see `pack_conv2d`.
         scale: `(out,)` fp32.
         bias: `(out,)` fp32.
         options: stride, padding, dilation and groups.
@@ -72,33 +95,33 @@ def int8_conv2d(
     Returns:
         `(batch, out, height, width)` fp32.
     """
-    stride, padding, dilation, groups = options
-    window = [list(stride), list(padding), list(dilation), groups]
-    ops = torch.ops.onednn
-    packed = ops.qconv_prepack(weight, scale, step, zero, *window, list(q.shape))
     none = torch.zeros(len(scale), dtype=torch.int64)
     q = q.contiguous(memory_format=torch.channels_last)
     post = (1.0, 0, torch.float32, "none", [], "")
-    return ops.qconv2d_pointwise(q, step, zero, packed, scale, none, bias, *window, *post)
+    return torch.ops.onednn.qconv2d_pointwise(q, step, zero, packed, scale, none, bias, *_window(options), *post)
 
 
 def int8_linear(
-    q: torch.Tensor, step: float, zero: int, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    q: torch.Tensor, step: float, zero: int, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Multiplies integers: `(..., in)` uint8 by `(out, in)` int8; see `int8_conv2d`."""
-    ops, rows = torch.ops.onednn, q.reshape(-1, q.shape[-1])
-    packed = ops.qlinear_prepack(weight, list(rows.shape))
-    none = torch.zeros(len(scale), dtype=torch.int64)
+    """Multiplies integers, `(..., in)` uint8, by a weight of `pack_linear`; see `int8_conv2d`."""
+    rows, none = q.reshape(-1, q.shape[-1]), torch.zeros(len(scale), dtype=torch.int64)
     post = (1.0, 0, torch.float32, "none", [], "")
-    output = ops.qlinear_pointwise(rows, step, zero, packed, scale, none, bias, *post)
+    output = torch.ops.onednn.qlinear_pointwise(rows, step, zero, packed, scale, none, bias, *post)
     return output.reshape(*q.shape[:-1], len(scale))
+
+
+def _window(options: ConvShape) -> list[Any]:
+    stride, padding, dilation, groups = options
+    return [list(stride), list(padding), list(dilation), groups]
 
 
 def _call(op: str, q: torch.Tensor, zero: int, weight: torch.Tensor, options: Any) -> torch.Tensor:
     scale = torch.ones(len(weight))
     if op == "linear":
-        return int8_linear(q, 1.0, zero, weight, scale, None)
-    return int8_conv2d(q, 1.0, zero, weight, scale, None, options)
+        return int8_linear(q, 1.0, zero, pack_linear(weight, len(q)), scale, None)
+    packed = pack_conv2d(weight, scale, 1.0, zero, options, q.shape)
+    return int8_conv2d(q, 1.0, zero, packed, scale, None, options)
 
 
 def _exact(op: str, q: torch.Tensor, zero: int, weight: torch.Tensor, options: Any) -> torch.Tensor:
@@ -212,11 +235,16 @@ def _times(op: str, shape: Shape, max_abs_weight: int, packed: bool) -> dict[str
     def unpacked() -> torch.Tensor:
         return unpack_int4(stored, length).view(shape[0]) if packed else stored
 
+    if op == "linear":
+        ready = pack_linear(unpacked().to(torch.int8), math.prod(shape[1][:-1]))
+    else:
+        ready = pack_conv2d(unpacked().to(torch.int8), scale, step, zero, shape[2], shape[1])
+
     def integers() -> torch.Tensor:
         q = to_uint8(x, step, zero)
         if op == "linear":
-            return int8_linear(q, step, zero, unpacked().to(torch.int8), scale, None)
-        return int8_conv2d(q, step, zero, unpacked().to(torch.int8), scale, None, shape[2])
+            return int8_linear(q, step, zero, ready, scale, None)
+        return int8_conv2d(q, step, zero, ready, scale, None, shape[2]).contiguous()
 
     def floats() -> torch.Tensor:
         rounded = rounded_activations(x, step, zero)

@@ -17,6 +17,8 @@ from .kernels import (
     exact_kernel,
     int8_conv2d,
     int8_linear,
+    pack_conv2d,
+    pack_linear,
     rounded_activations,
     select_kernel,
     to_uint8,
@@ -234,17 +236,39 @@ class QuantLayer(nn.Module):
 
     def integer_forward(self, x: torch.Tensor) -> torch.Tensor:
         """Computes with integers, whatever is faster or right."""
-        weight, bias = self.integers(), None if self.bias is None else self.bias.float()
+        bias = None if self.bias is None else self.bias.float()
         output: torch.Tensor | None = None
         for i, (part, grid) in enumerate(self.parts()):
             step, zero = self.act_grid(i)
             q = to_uint8(self.channels(x, part).float(), step, zero)
-            own = self.integer_operation(
-                q, step, zero, weight[:, part].contiguous(), self.weight_scale[grid].contiguous(), bias
-            )
+            scale = self.weight_scale[grid].contiguous()
+            if f"kernel_weight_{i}" not in self._buffers:
+                packed = self.pack(self.integers()[:, part].contiguous(), scale, step, zero, q)
+                self.register_buffer(f"kernel_weight_{i}", packed, persistent=False)
+            own = self.integer_operation(q, step, zero, self._buffers[f"kernel_weight_{i}"], scale, bias)
             output, bias = own if output is None else output.add_(own), None
         assert output is not None
-        return output.to(x.dtype)
+        output = output.to(x.dtype)
+        # Kernels leave channels last, in which the normalisation that follows would be slower than the kernel is fast.
+        return output.contiguous() if x.is_contiguous() else output
+
+    def pack(self, weight: torch.Tensor, scale: torch.Tensor, step: float, zero: int, q: torch.Tensor) -> torch.Tensor:
+        """Returns an int8 weight in the kernel's order."""
+        raise NotImplementedError
+
+    def drop_kernel_weights(self) -> None:
+        """Forgets the weights in the kernels' order, which are made anew from the integers when they are needed."""
+        for name in [name for name in self._buffers if name.startswith("kernel_weight")]:
+            del self._buffers[name]
+            self._non_persistent_buffers_set.discard(name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.drop_kernel_weights()  # their order is one of the CPU
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.drop_kernel_weights()  # which cannot be copied
+        return dict(self.__dict__)
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -286,6 +310,10 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleV
         """Convolves floats."""
         return self._conv_forward(x, weight, bias)
 
+    def pack(self, weight: torch.Tensor, scale: torch.Tensor, step: float, zero: int, q: torch.Tensor) -> torch.Tensor:
+        """Returns an int8 weight in the kernel's order."""
+        return pack_conv2d(weight, scale, step, zero, *self.options(), q.shape)  # type: ignore[call-arg]
+
     def integer_operation(self, q: torch.Tensor, *given: Any) -> torch.Tensor:
         """Convolves integers."""
         return int8_conv2d(q, *given, *self.options())  # type: ignore[call-arg]
@@ -318,6 +346,10 @@ class QuantLinear(QuantLayer, nn.Linear):  # pyright: ignore[reportIncompatibleV
     def operation(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Multiplies floats."""
         return F.linear(x, weight, bias)
+
+    def pack(self, weight: torch.Tensor, scale: torch.Tensor, step: float, zero: int, q: torch.Tensor) -> torch.Tensor:
+        """Returns an int8 weight in the kernel's order."""
+        return pack_linear(weight, math.prod(q.shape[:-1]))
 
     def integer_operation(self, q: torch.Tensor, *given: Any) -> torch.Tensor:
         """Multiplies integers."""

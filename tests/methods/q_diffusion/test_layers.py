@@ -1,5 +1,6 @@
 """Layers that store integers, their kernels, and what chooses between them."""
 
+import copy
 import json
 
 import pytest
@@ -96,7 +97,6 @@ def test_integers_compute_what_floats_do(bits, split, kind):
 
 def test_a_kernel_that_saturates_is_refused(monkeypatch):
     """Sums of pairs kept in 16 bits, as processors with AVX2 alone do."""
-    real = kernels.int8_linear
 
     def saturating(q, step, zero, weight, scale, bias):
         x, w = q.double().unflatten(-1, (-1, 2)), weight.double().unflatten(-1, (-1, 2))
@@ -106,11 +106,11 @@ def test_a_kernel_that_saturates_is_refused(monkeypatch):
 
     shape = ((8, 16), (4, 16))
     assert kernels.kernel_is_exact("linear", shape, 64)
+    monkeypatch.setattr(kernels, "pack_linear", lambda weight, rows: weight)
     monkeypatch.setattr(kernels, "int8_linear", saturating)
     assert not kernels.kernel_is_exact("linear", shape, 128)
     assert select_kernel("linear", shape, 128) == "dequantize"
     assert kernels.kernel_is_exact("linear", shape, 64)  # pairs of 255 * 64 fit
-    monkeypatch.setattr(kernels, "int8_linear", real)
 
     def missing(*arguments):
         raise RuntimeError("not compiled in")
@@ -150,6 +150,20 @@ def test_integers_that_are_asked_for_and_wrong_are_refused(monkeypatch):
         made(normal(3, 6))
     with pytest.raises(ValueError, match="`compute` must be 'auto' .*`weight_bits=8`"):
         check_compute(QDiffConfig(weight_bits=8, act_bits=8, compute="int8"))
+
+
+def test_weights_for_the_kernel_are_counted_and_not_kept():
+    """They are there while they are used: counted as memory, not saved, copied or moved."""
+    made = active(conv(), QDiffConfig(weight_bits=7, act_bits=8))
+    x, names = normal(2, 6, 4, 4), set(made.state_dict())
+    if not kernels.exact_kernel(made.op, (made.weight_shape, x.shape, *made.options()), made.max_abs_weight):
+        pytest.skip("this processor has no exact kernel for so many bits")
+    before, wanted = sum(b.numel() for b in made.buffers()), made.integer_forward(x)
+    assert sum(b.numel() for b in made.buffers()) >= before + made.qweight.numel()
+    assert set(made.state_dict()) == names
+    for other in (copy.deepcopy(made), made.to("cpu")):
+        assert sum(b.numel() for b in other.buffers()) == before
+        assert torch.equal(other.integer_forward(x), wanted)
 
 
 def test_gradients_pass_as_if_nothing_was_rounded():
