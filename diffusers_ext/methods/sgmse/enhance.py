@@ -93,8 +93,9 @@ def enhance_files(config: EnhanceConfig) -> list[Path]:
     _check_settings(config, write=state.is_main_process)
     pipeline: Any = _load(config.model).to(state.device)
     pipeline.set_progress_bar_config(disable=True)
-    missing = [(result, path) for result, path in sources.items() if not result.is_file()]
-    mine = missing[state.process_index :: state.num_processes]
+    # Shared by their places in the whole list: what is missing changes while others work.
+    mine = list(sources.items())[state.process_index :: state.num_processes]
+    mine = [(result, path) for result, path in mine if not result.is_file()]
     failed: list[str] = []
     with tqdm(total=len(mine), desc="enhancing", unit="file", disable=not state.is_main_process) as bar:
         for result, path in mine:

@@ -1,6 +1,8 @@
 """The commands `diffusers-ext enhance` and `convert`."""
 
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from diffusers_ext import EnhanceConfig, enhance_files, save_repo
 from diffusers_ext.cli import main
+from tests import processes
 
 from .ncsnpp import NCSNpp
 from .test_published import checkpoint
@@ -51,6 +54,13 @@ def test_a_folder_is_enhanced_and_finished(folder, capsys):
     (folder / "out" / "b" / "c.flac").unlink()
     command(folder, "out")
     assert read(folder, "out") == [b"kept", whole[1]]
+    # Two processes share the files, and make the same.
+    words = ["enhance", str(folder / "in"), "--model", str(folder / "model"), "--output_dir", str(folder / "two")]
+    code = f"from diffusers_ext.cli import main; main({[*words, '--num_inference_steps', '1']!r})"
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    for rank in processes.run_ranks([sys.executable, "-c", code], 2, env=environment):
+        assert rank.returncode == 0, rank.stderr
+    assert read(folder, "two") == whole
     # One file by itself is the same, under the same name.
     enhance_files(
         EnhanceConfig(
