@@ -5,7 +5,8 @@
 Each model is calibrated on 128 of its own samples at 10 of 20 timesteps and quantized in several ways. Measured
 against the model in fp32: the error of its prediction on states of other samples, relative to the prediction's mean
 square; and Frechet and kernel distances of 300 samples to real images. Beside them, in the same run, what else users
-of Diffusers have, where it is installed (`pip install --no-deps torchao optimum-quanto sdnq`), and all that is stored.
+of Diffusers have, where it is installed (`pip install --no-deps torchao optimum-quanto sdnq`), and the memory that each
+takes after calls.
 
 What is finished is not done again (runs/q_diffusion). The result is benchmarks/results/q_diffusion/experiment.json
 with a picture beside it.
@@ -347,7 +348,7 @@ def report(measured, seeds, seconds):
             for name in measured
             for way in ways
         },
-        "columns": {"error": "error", "fd": "Frechet", "kd": "kernel", "size": "bytes, of fp32"},
+        "columns": {"error": "error", "fd": "Frechet", "kd": "kernel", "size": "memory after calls, of fp32"},
     }
     plot(list(measured), RESULTS / "q_diffusion" / "experiment.png")
     write_result(

@@ -303,7 +303,7 @@ def _recorded(pipeline: Any, network: Any, arguments: dict[str, Any]) -> list[di
 
     def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = signature.bind(*args, **kwargs).arguments
-        bound = {**{k: v for k, v in bound.items() if k != more}, **bound.get(more, {})}
+        bound = {**{k: v for k, v in bound.items() if k != more}, **bound.get(more or "", {})}
         calls.append({k: _to_cpu(v) for k, v in bound.items() if v is not None and k not in ignored})
 
     handle = network.register_forward_pre_hook(record, with_kwargs=True)
