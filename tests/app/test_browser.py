@@ -4,8 +4,8 @@ import io
 import os
 import re
 import shutil
-import signal
 import socket
+import subprocess
 import sys
 import time
 
@@ -22,7 +22,6 @@ pytest.importorskip("gradio", reason="needs Gradio: pip install 'diffusers-ext[a
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
 from diffusers_ext import corrupt  # noqa: E402
 from diffusers_ext.app.parts import EXAMPLES  # noqa: E402
-from tests import processes  # noqa: E402
 
 PATIENCE = 120_000  # milliseconds: the machine may be busy
 COMMAND = "import sys; from diffusers_ext.cli import main; main(sys.argv[1:])"
@@ -37,19 +36,22 @@ def address(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "GRADIO_TEMP_DIR": str(tmp_path_factory.mktemp("server"))}
-    server = processes.Popen([sys.executable, "-c", COMMAND, "app", "--port", port], env=environment)
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    environment = {**os.environ, "GRADIO_TEMP_DIR": str(log.parent / "files")}
+    with log.open("w") as out:
+        command = [sys.executable, "-c", COMMAND, "app", "--port", str(port)]
+        server = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
     try:
         deadline = time.monotonic() + PATIENCE / 1000
         while time.monotonic() < deadline:
-            assert server.poll() is None, server.communicate()
+            assert server.poll() is None, log.read_text()
             with socket.socket() as attempt:
                 if attempt.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}"
     finally:
-        server.send_signal(signal.SIGTERM)
+        server.terminate()
         server.wait()
 
 
