@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from PIL import Image
 from scipy.special import digamma, polygamma
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
@@ -236,16 +237,17 @@ def plot(path):
     clean, test = photographs()
     shown = {"noisy": "noisy", **{k: METHODS[k] for k in ("supervised", "noise2noise", "noise2score")}}
     levels = ["gaussian_25", "poisson_0.01", "gamma_50"]
-    figure_, axes = plt.subplots(3, 5, figsize=(11, 7), constrained_layout=True)
-    for row, level in zip(axes, levels, strict=True):
+    figure_, axes = plt.subplots(3, 5, figsize=(9.5, 5.6), constrained_layout=True)
+    for i, (row, level) in enumerate(zip(axes, levels, strict=True)):
         y = LEVELS[level].corrupt(test, seeded(0, 4))
         images = {"clean": test} | denoised(level, 0, clean, y)
         for axis, name in zip(row, ["clean", *shown], strict=True):
             crop = images[name][0, 0, 100:228, 60:200].clamp(0, 1)
             axis.imshow(crop, cmap="gray", vmin=0, vmax=1)
-            axis.set(xticks=[], yticks=[], title=shown.get(name, "clean") if row is axes[0] else "")
+            axis.set(xticks=[], yticks=[], title="" if i else shown.get(name, "clean"))
         row[0].set_ylabel(TITLES[level])
-    figure_.savefig(path, dpi=80)
+    figure_.savefig(path, dpi=75)
+    Image.open(path).convert("L").quantize(32).save(path, optimize=True)  # noise takes much room otherwise
 
 
 def main():
