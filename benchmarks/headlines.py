@@ -6,8 +6,8 @@ METHODS = {
         "papers": ["2411.02780", "2404.10177", "2506.10038"],
         "gives": "Train a model of clean images from noisy ones whose noise level is known, each its own.",
         "headline": (
-            "Nine tenths of the digits noisy, one clean: {experiment[mix_over_clean]} times the Frechet distance that the "
-            "clean tenth gives alone. All taken for clean, it is {experiment[naive_over_mix]} times as much as that."
+            "Nine tenths of the digits noisy, one clean: {experiment[mix_over_clean]} times the Frechet distance that "
+            "the clean tenth gives alone; all taken for clean, {experiment[naive_over_mix]} times the mix's."
         ),
     },
     "domain_studio": {
