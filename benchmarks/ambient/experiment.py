@@ -38,11 +38,14 @@ SAYS = {
     "mix_over_clean": "With the noisy digits beside them, 10 % clean digits give {} times the Frechet distance that "
     "they give alone.",
     "truncated_mix_over_clean": "Truncated at the noise's level it is {} times that distance.",
-    "truncated_mix_fd": "Truncated samples of the mix have a distance of {}; 140 repeated real digits have 0.91.",
+    "truncated_mix_fd": "Truncated samples of the mix have a distance of {}; its 140 clean digits, repeated, would "
+    "have about 0.85.",
     "naive_over_mix": "Training on the same mix as if all were clean gives {} times the mix's distance.",
     "mix_over_noisy": "10 % clean digits among the noisy ones give {} times the distance of noisy ones alone.",
     r"price_(\d+)": r"Where \1 % of the digits are clean, one more clean digit is worth {} noisy ones.",
-    "near_mix_10": "{:.0%} of the mix's samples are nearer to a clean training digit than half of unseen real ones.",
+    "near_mix_10": "{:.0%} of the mix's samples are nearer to one of its 140 clean digits than half of unseen real "
+    "ones are.",
+    "near_clean_140": "Of samples of a model of the 140 clean digits alone it is {:.0%}.",
 }
 
 

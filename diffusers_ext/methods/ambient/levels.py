@@ -198,7 +198,7 @@ def sample_sigma(
         >>> from diffusers_ext import sample_sigma
         >>> sigma, weight = sample_sigma(torch.tensor([0.0, 0.5, 80.0]), generator=torch.Generator().manual_seed(0))
         >>> (sigma > torch.tensor([0.0, 0.5, 80.0])).all().item(), [round(w, 6) for w in weight.tolist()]
-        (True, [1.0, 0.336358, 2e-06])
+        (True, [1.0, 0.336375, 2e-06])
     """
     if sigma_n.ndim != 1 or not bool((sigma_n.isfinite() & (sigma_n >= 0)).all()):
         raise ValueError(
