@@ -139,7 +139,7 @@ def shortcut_error(original, model, arguments, names):
 
 
 def draw(name, pipeline, unet):
-    """Returns `(COUNT, channels, 16, 16)` samples in [-1, 1], always from the same noise."""
+    """Returns `(COUNT, channels, size, size)` samples in [-1, 1], always from the same noise."""
     pipeline = copy.copy(pipeline)
     pipeline.unet = unet
     channels, size = unet.config.in_channels, unet.config.sample_size
@@ -153,7 +153,7 @@ def draw(name, pipeline, unet):
 
 def features_of(name):
     if name == "photos":  # the colours of 16 parts
-        return lambda images: F.avg_pool2d(images, 4).flatten(1)
+        return lambda images: F.adaptive_avg_pool2d(images, 4).flatten(1)
     classifier = ImageClassifierFeatures.from_pretrained(asset_path("digits-classifier")).eval()
     return lambda images: classifier.features(F.interpolate(images, (28, 28), mode="bilinear", align_corners=False))
 
