@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .optimizers import OptimizerName, check_optimizer
 
-__all__ = ["GROUPS", "TrainConfig", "described", "require"]
+__all__ = ["GROUPS", "TrainConfig", "check_hub_id", "check_types", "described", "require"]
 
 # The parts of a help text, in their order.
 GROUPS = ("data", "model", "method", "optimisation", "saving and logging", "sharing")
@@ -69,6 +69,20 @@ def check_types(config: Any) -> None:
             require(number and not isinstance(value, bool), name, value, accepted[kind])
         elif kind in accepted:
             require(type(value) is kind and str(value).strip() != "", name, value, accepted[kind])
+
+
+def check_hub_id(name: str | None) -> None:
+    """Checks the repo that a result is pushed to.
+
+    Raises:
+        ValueError: it is left out or no name of a repo.
+    """
+    try:
+        validate_repo_id(name or "")
+    except HFValidationError as error:
+        raise ValueError(
+            f"`hub_model_id` must be given with `push_to_hub`, as 'organisation/name', got {name!r}: {error}"
+        ) from error
 
 
 @dataclass
@@ -164,13 +178,7 @@ class TrainConfig:
                 "`overwrite_output_dir` must be False with `resume_from_checkpoint='latest'`: it deletes it."
             )
         if self.push_to_hub:
-            try:
-                validate_repo_id(self.hub_model_id or "")
-            except HFValidationError as error:
-                raise ValueError(
-                    "`hub_model_id` must be given with `push_to_hub`, as 'organisation/name', got "
-                    f"{self.hub_model_id!r}: {error}"
-                ) from error
+            check_hub_id(self.hub_model_id)
 
     @property
     def trackers(self) -> list[str]:

@@ -12,8 +12,6 @@ from typing import Any, Literal
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import get_token
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from diffusers_ext.data.sources import load_images
@@ -24,7 +22,7 @@ from diffusers_ext.metrics.features import extract_features, feature_extractor
 from diffusers_ext.metrics.frechet import frechet_distance
 from diffusers_ext.metrics.kernel import kernel_distance
 from diffusers_ext.training.callbacks import image_grid
-from diffusers_ext.training.config import check_types, described, require
+from diffusers_ext.training.config import check_hub_id, check_types, described, require
 
 from .calibration import Calibration, batch_arguments, collect_calibration, network_name
 from .config import COMPUTE, QDiffConfig
@@ -115,13 +113,7 @@ class QDiffusionConfig:
         require(source.resolve() != output.resolve(), "output_dir", self.output_dir, "another folder than the model's")
         self.quantizer()
         if self.push_to_hub:
-            try:
-                validate_repo_id(self.hub_model_id or "")
-            except HFValidationError as error:
-                raise ValueError(
-                    "`hub_model_id` must be given with `push_to_hub`, as 'organisation/name', got "
-                    f"{self.hub_model_id!r}: {error}"
-                ) from error
+            check_hub_id(self.hub_model_id)
             if get_token() is None:
                 raise ValueError("`push_to_hub` must be False without a login; log in with `hf auth login`.")
 
