@@ -69,6 +69,12 @@ def test_gains_that_are_fitted_on_noisy_data_are_the_clean_denoisers(gains):
     assert abs(fitted["naive"] / clean - 1) > 0.1
 
 
+def test_levels_may_be_shaped_to_multiply_samples():
+    x, d, sigma_n, sigma = randn(2, 3, 4), randn(2, 3, 4, seed=1), torch.tensor([0.1, 0.2]), torch.tensor([0.5, 0.7])
+    shaped = ambient_prediction(d, x, sigma.view(2, 1, 1), sigma_n.view(2, 1, 1))
+    assert torch.equal(shaped, ambient_prediction(d, x, sigma, sigma_n))
+
+
 def test_the_two_losses_differ_by_their_weight():
     y, noise, d = randn(3, 2, 5), randn(3, 2, 5, seed=1), randn(3, 2, 5, seed=2)
     sigma_n, sigma = torch.tensor([0.0, 0.2, 0.5]), torch.tensor([0.7, 0.3, 2.0])
@@ -190,7 +196,7 @@ ALPHAS = DDIMScheduler().alphas_cumprod
             lambda: ambient_prediction(D, X, torch.ones(3), 0.1),
             r"`sigma` must be one level or .* 2 samples, got \(3,\)",
         ),
-        (lambda: ambient_prediction(D, X, 1.0, torch.ones(2, 1)), r"`sigma_n` must be one level or .*got \(2, 1\)"),
+        (lambda: ambient_prediction(D, X, 1.0, torch.ones(2, 3)), r"`sigma_n` must be one level or .*got \(2, 3\)"),
         (lambda: ambient_prediction(D, X, 0.1, 0.2), "`sigma` must be > 0 and >= `sigma_n`"),
         (lambda: unbiased_clean_target(X, X, 0.2, 0.2), "`sigma` must be > 0 and > `sigma_n`"),
         (lambda: add_noise_to(X, 0.2, 0.1, X), "`sigma` must be > 0 and >= `sigma_n`"),
