@@ -199,8 +199,7 @@ class SGMSERecipe(Recipe[SGMSEConfig]):
         multiple = unet.frame_multiple
         require(config.num_frames % multiple == 0, "num_frames", config.num_frames, f"a multiple of {multiple}")
         SpeechEnhancementPipeline(unet, scheduler, **self._sound_options())  # type: ignore[arg-type] - checks the bins
-        if config.num_validation_images:
-            self._set_validation()
+        self._set_validation()
         return Modules(unet, scheduler)
 
     def _sound_options(self) -> dict[str, Any]:
@@ -255,6 +254,8 @@ class SGMSERecipe(Recipe[SGMSEConfig]):
 
     def figures(self, pipeline: DiffusionPipeline, generator: torch.Generator) -> dict[str, float]:
         """Measures the validation recordings, before and after: SI-SDR, and ESTOI and PESQ where installed."""
+        if not self.validation:
+            return {}
         enhanced, rate = self._enhanced(pipeline, generator), self.sound.sample_rate
         measures = {
             "SI-SDR": si_sdr,

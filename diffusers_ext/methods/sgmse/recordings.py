@@ -35,8 +35,9 @@ class Recording:
     flat: bool
 
     def restored(self, wave: np.ndarray, model_rate: int) -> np.ndarray:
-        """Brings an enhanced wave `(channels, samples)` to the recording's gain, rate, length and shape."""
-        wave = resample(wave * self.gain, model_rate, self.rate)[:, : self.length]
+        """Brings an enhanced wave `(channels, samples)`, in place, to the recording's gain, rate, length and shape."""
+        wave *= self.gain
+        wave = resample(wave, model_rate, self.rate)[:, : self.length]
         return wave[0] if self.flat else wave
 
 
@@ -82,19 +83,17 @@ def _read(one: Any, sample_rate: int | None, model_rate: int) -> Recording:
         if np.issubdtype(array.dtype, np.integer):
             array = array / (np.iinfo(array.dtype).max + 1.0)
         require(np.issubdtype(array.dtype, np.floating), "audio", str(array.dtype), "of floats or integers")
-        wave, rate, flat, name = (
-            np.atleast_2d(array).astype(np.float32),
-            int(sample_rate or 0),
-            array.ndim == 1,
-            "`audio`",
-        )
+        wave, rate = np.atleast_2d(array).astype(np.float32), int(sample_rate or 0)
+        flat, name = array.ndim == 1, "`audio`"
     if wave.size == 0:
         raise ValueError(f"{name} must have at least one sample, got none.")
     if not np.isfinite(wave).all():
         raise ValueError(f"{name} must be finite, got NaN or infinity.")
     length, wave = wave.shape[1], resample(wave, rate, model_rate)
     gain = float(np.abs(wave).max())
-    return Recording(torch.from_numpy(wave / gain if gain > 0 else wave), gain, rate, length, flat)
+    if gain > 0:
+        wave /= gain  # a copy by now; long recordings are held no more often than need be
+    return Recording(torch.from_numpy(wave), gain, rate, length, flat)
 
 
 class Windows:

@@ -88,6 +88,45 @@ def test_whole_pipeline_by_hand(real):
     assert np.abs(found - noisy).max() > 0.1
 
 
+def test_the_authors_sampler_by_hand(real):
+    """Predictor and corrector in the order and with the constants of the authors' code, on the same noise."""
+    made = pipeline(real.unet, OUVEScheduler())
+    noisy, steps = wave(1200), 3
+    seed = int(torch.randint(2**62, (1,), generator=seeded(5)))
+    window = torch.hann_window(62, periodic=True)
+    gain = np.abs(noisy).max()
+    stft = torch.stft(torch.tensor(noisy / gain), 62, 16, window=window, return_complex=True)
+    y = (0.15 * stft.abs() ** 0.5 * torch.exp(1j * stft.angle()))[None, None]
+    theta, low, ratio = 1.5, 0.05, 10.0
+    log = math.log(ratio)
+
+    def std(t):
+        return low * math.sqrt(math.exp(-2 * theta * t) * (math.exp(2 * (theta + log) * t) - 1) * log / (theta + log))
+
+    def score(x, t):
+        parts = torch.cat([x.real, x.imag, y.real, y.imag], dim=1)
+        with torch.no_grad():
+            output = real.unet(parts, torch.tensor([t])).sample
+        return torch.complex(output[:, :1], output[:, 1:])
+
+    draws = (_block_noise(y, [(seed, 0, 0)], draw, 2) for draw in range(100))
+    x = mean = y + std(1) * next(draws)
+    times = torch.linspace(1, 0.03, steps).tolist()
+    for i, t in enumerate(times):
+        size = 2 * (0.5 * std(t)) ** 2
+        x = x + size * score(x, t) + next(draws) * math.sqrt(2 * size)
+        stepsize = t - times[i + 1] if i + 1 < steps else t
+        diffusion = low * ratio**t * math.sqrt(2 * log)
+        drift = theta * (y - x) * stepsize - diffusion**2 * stepsize * score(x, t)
+        mean = x - drift
+        x = mean + diffusion * math.sqrt(stepsize) * next(draws)
+    back = (mean[0, 0] / 0.15).abs() ** 2 * torch.exp(1j * mean[0, 0].angle())
+    expected = torch.istft(back, 62, 16, window=window, length=1200).numpy() * gain
+    found = made(noisy, 8000, num_inference_steps=steps, generator=seeded(5)).audios[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+    assert np.abs(found - noisy).max() > 0.1
+
+
 def test_noise_agrees_where_windows_overlap():
     """A window's noise is that of the same place in the whole recording."""
     whole = Windows(10_000, 10_000, 0, 32, 16)
