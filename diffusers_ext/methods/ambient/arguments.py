@@ -29,7 +29,7 @@ class AmbientArguments:
     noisy_fraction: float = described("With --add_noise: probability that a sample is noisy.", 1.0, group="data")
     noise_seed: int = described("Seed of the noise that --add_noise adds.", 0, group="data")
     noise_file: bool = described(
-        "Draw that noise once into a memory-mapped file in --output_dir; without it a generator draws the same anew.",
+        "Draw that noise once into a memory-mapped file in --output_dir/cache; without it a generator draws it anew.",
         True,
         group="data",
     )

@@ -59,7 +59,7 @@ class AmbientRecipe(DenoisingRecipe[AmbientConfig]):
             if config.noise_file:
                 with ctx.accelerator.main_process_first():
                     shape = (modules.trainable.config.in_channels, side, side)
-                    self.frozen.draw_once(config.output_dir, len(self.data), shape)
+                    self.frozen.draw_once(f"{config.output_dir}/cache", len(self.data), shape)
         return modules
 
     def noisy(

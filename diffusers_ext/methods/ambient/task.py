@@ -116,7 +116,7 @@ class AmbientTask:
         Raises:
             ValueError: none do.
         """
-        bound = float(self.levels.bound(torch.tensor(sigma_n)))
+        bound = float(self.levels.bound(torch.tensor(sigma_n, dtype=torch.float64)))
         if not bound < self.schedule.largest * (1 - 1e-6):
             amplified = "" if bound == sigma_n else f" (times the gap of `max_amplification`: {bound:.4g})"
             raise ValueError(

@@ -52,7 +52,7 @@ class AmbientTextRecipe(TextToImageRecipe[AmbientTextConfig]):
         if config.noise_file and len(self.data.sizes) == 1:
             with ctx.accelerator.main_process_first():
                 shape = self.denoiser.at().latents_shape(1)[1:]
-                self.frozen.draw_once(config.output_dir, len(self.data), shape)
+                self.frozen.draw_once(f"{config.output_dir}/cache", len(self.data), shape)
         return modules
 
     def training_step(self, batch: dict[str, Any], ctx: Context[AmbientTextConfig]) -> StepOutput:

@@ -184,12 +184,12 @@ def test_added_noise_is_the_same_in_epochs_resumes_and_without_its_file(folder, 
     frozen = trainer.recipe.frozen
     seen = frozen.levels(torch.arange(N))
     assert 4 <= int((seen > 0).sum()) <= 22
-    files = list((tmp_path / "whole").glob("frozen-noise-*.npy"))
+    files = list((tmp_path / "whole" / "cache").glob("frozen-noise-*.npy"))
     assert len(files) == 1
     if workers:
         return
     alone, _ = train(config(folder, tmp_path / "alone", **changes, noise_file=False))
-    assert not list((tmp_path / "alone").glob("frozen-noise-*"))
+    assert not list((tmp_path / "alone").rglob("frozen-noise-*"))
     assert alone.losses == whole.losses
     part = {**changes, "checkpointing_steps": 5}
     train(config(folder, tmp_path / "part", **part), record=Record(signal_at=5))
