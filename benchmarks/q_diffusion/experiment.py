@@ -5,8 +5,8 @@
 Each model is calibrated on 128 of its own samples at 10 of 20 timesteps and quantized in several ways. Measured
 against the model in fp32: the error of its prediction on states of other samples, relative to the prediction's mean
 square; and Frechet and kernel distances of 300 samples to real images. Beside them, in the same run, what else users
-of Diffusers have, where it is installed (`pip install --no-deps torchao optimum-quanto sdnq`), and the memory that
-each takes after calls.
+of Diffusers have, where it is installed (`pip install --no-deps torchao optimum-quanto sdnq`). Sizes are those of the
+memory after calls.
 
 What is finished is not done again (runs/q_diffusion). The result is benchmarks/results/q_diffusion/experiment.json
 with a picture beside it.
