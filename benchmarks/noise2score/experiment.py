@@ -78,13 +78,13 @@ SAYS = {
         "Gaussian noise of 25/255: lead of Noise2Noise, which had two noisy copies, over Noise2Score, which had one: "
         "{:.2f} dB."
     ),
-    "behind_noise2noise_gamma_100": "The same at Gamma noise of shape 100: {:.2f} dB.",
+    "behind_noise2noise_gamma_100": "Gamma noise of shape 100: Noise2Noise leads by {:.2f} dB.",
     "behind_noise2noise_poisson_0.01": (
-        "The same at Poisson noise of scale 0.01: {:.2f} dB; in the paper, with a large network, it is 0.1 dB."
+        "Poisson noise of scale 0.01: Noise2Noise leads by {:.2f} dB; in the paper, with a large network, by 0.1 dB."
     ),
-    "behind_noise2noise_gaussian_50": "The same at Gaussian noise of 50/255: {:.2f} dB.",
-    "behind_noise2noise_gamma_50": "The same at Gamma noise of shape 50: {:.2f} dB.",
-    "behind_noise2noise_poisson_0.05": "The same at Poisson noise of scale 0.05: {:.2f} dB.",
+    "behind_noise2noise_gaussian_50": "Gaussian noise of 50/255: Noise2Noise leads by {:.2f} dB.",
+    "behind_noise2noise_gamma_50": "Gamma noise of shape 50: Noise2Noise leads by {:.2f} dB.",
+    "behind_noise2noise_poisson_0.05": "Poisson noise of scale 0.05: Noise2Noise leads by {:.2f} dB.",
     "blind_costs_gaussian_(25|50)": r"Not to know the level of Gaussian noise, \1/255, costs {:.2f} dB.",
     "blind_costs_gamma_(100|50)": r"Not to know the shape of Gamma noise, \1, costs {:.2f} dB.",
     "blind_costs_poisson_(0.01|0.05)": r"Not to know the scale of Poisson noise, \1, costs {:.2f} dB.",

@@ -27,6 +27,7 @@ SAYS = {
         "With the small network of the experiment, whose call is far cheaper, an unknown level of Gaussian noise "
         "costs {} times as much as a known one."
     ),
+    "blind_gamma_over_call_small": "And an unknown shape of Gamma noise costs {} times as much there.",
 }
 
 
