@@ -302,6 +302,7 @@ def plot(names, path):
                 axis.imshow(np.concatenate(rows).squeeze(), cmap="gray")
                 axis.set_title(TITLES[way], fontsize=9)
                 axis.axis("off")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure_.savefig(path, dpi=80)
 
 
