@@ -351,6 +351,7 @@ def report(measured, seeds, seconds):
         },
         "columns": {"error": "error", "fd": "Frechet", "kd": "kernel", "size": "memory after calls, of fp32"},
     }
+    (RESULTS / "q_diffusion").mkdir(exist_ok=True)
     plot(list(measured), RESULTS / "q_diffusion" / "experiment.png")
     write_result(
         "q_diffusion/experiment",
