@@ -74,8 +74,11 @@ def find_plateau(
         >>> round(find_plateau(sigmas, plane, dim=64)[1], 2)
         3.0
     """
-    shapes = {name: getattr(value, "shape", None) for name, value in (("sigmas", sigmas), ("curve", curve))}
-    if None in shapes.values() or shapes["sigmas"] != shapes["curve"] or len(shapes["sigmas"]) != 1:
+    if not isinstance(sigmas, torch.Tensor) or not isinstance(curve, torch.Tensor):
+        kinds = type(sigmas).__name__, type(curve).__name__
+        raise ValueError(f"`sigmas` and `curve` must be tensors of one shape (sigmas,), got {kinds}.")
+    if sigmas.ndim != 1 or sigmas.shape != curve.shape:
+        shapes = tuple(sigmas.shape), tuple(curve.shape)
         raise ValueError(f"`sigmas` and `curve` must be tensors of one shape (sigmas,), got {shapes}.")
     if masked is not None and (masked.dtype != torch.bool or masked.shape != sigmas.shape):
         raise ValueError(f"`masked` must be bool of the shape {tuple(sigmas.shape)}, got {masked!r}.")
