@@ -103,12 +103,12 @@ class QuantLayer(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """An empty tensor that tells device and dtype; nothing can be merged into it. See `dequantize`."""
+        """An empty tensor that tells device, dtype and axes; nothing can be merged into it. See `dequantize`."""
         loading = self._parameters.get("weight")
         if loading is not None:
             return loading
         dtype = torch.float32 if self.bias is None else self.bias.dtype
-        return torch.empty(0, dtype=dtype, device=self.qweight.device)
+        return torch.empty((0,) * len(self.weight_shape), dtype=dtype, device=self.qweight.device)
 
     @property
     def max_abs_weight(self) -> int:
