@@ -119,6 +119,24 @@ def error(model, arguments, wanted):
 
 
 @torch.no_grad()
+def loss_over_fp32(name, seed):
+    """Returns by how much weights of 8 bits change the denoising loss on real images."""
+    pipeline = pipeline_of(name)
+    generator = torch.Generator().manual_seed(seed)
+    x0, labels = real(name, pipeline.unet.config.sample_size), {}
+    if name == "photos":
+        with np.load(asset_path(name) / f"{name}.npz") as file:
+            labels = {"class_labels": torch.from_numpy(file["labels"]).long()}
+    t = torch.randint(pipeline.scheduler.config.num_train_timesteps, (len(x0),), generator=generator)
+    noise = torch.randn(x0.shape, generator=generator)
+    noisy = pipeline.scheduler.add_noise(x0, noise, t)
+    found = []
+    for model in (quantized(name, pipeline, seed, "w8"), pipeline.unet):
+        found.append(F.mse_loss(model(noisy, t, **labels).sample, noise).item())
+    return found[0] / found[1]
+
+
+@torch.no_grad()
 def shortcut_error(original, model, arguments, names):
     """Returns the error of the layers over concatenations, each given what it is given in the original."""
     found, total = 0.0, 0.0
@@ -158,9 +176,9 @@ def features_of(name):
     return lambda images: classifier.features(F.interpolate(images, (28, 28), mode="bilinear", align_corners=False))
 
 
-def real(name):
+def real(name, resolution=16):
     path = asset_path(name) / f"{name}.npz"
-    data = load_images(train_data_dir=str(path), resolution=16, channels=1 if name == "digits" else 3)
+    data = load_images(train_data_dir=str(path), resolution=resolution, channels=1 if name == "digits" else 3)
     return torch.stack([data[i]["pixel_values"] for i in range(min(len(data), 1000))])
 
 
@@ -257,13 +275,14 @@ def mean_figure(values, unit, goal=None):
     return figure(statistics.mean(values), unit, goal, spread(values))
 
 
-def summarise(name, by_seed):
+def summarise(name, by_seed, losses):
     def ratios(kind, a, b):
         return [m[kind][a] / m[kind][b] for m in by_seed]
 
     figures = {
         f"adaround_over_nearest_{name}": mean_figure(ratios("error", "w4", "w4_mse"), "ratio", "<= 0.6"),
-        f"fd_w8_over_fp32_{name}": mean_figure(ratios("fd", "w8", "fp32"), "ratio", "<= 1.1"),
+        f"loss_w8_over_fp32_{name}": mean_figure(losses, "ratio", "<= 1.1"),
+        f"fd_w8_over_fp32_{name}": mean_figure(ratios("fd", "w8", "fp32"), "ratio"),
         f"split_over_unsplit_{name}": mean_figure(ratios("shortcuts", "w4a8", "w4a8_unsplit"), "ratio", "<= 0.5"),
         f"one_over_many_timesteps_{name}": mean_figure(ratios("error", "w4_one_timestep", "w4_few_states"), "ratio"),
         f"fd_w4a8_over_fp32_{name}": mean_figure(ratios("fd", "w4a8", "fp32"), "ratio"),
@@ -311,6 +330,7 @@ SAYS = {
     r"adaround_over_nearest_(\w+)": (
         r"Learned rounding leaves {} times the error of rounding to nearest, in 4 bits (\1)."
     ),
+    r"loss_w8_over_fp32_(\w+)": r"Weights in 8 bits: {} times the denoising loss of fp32 on real images (\1).",
     r"fd_w8_over_fp32_(\w+)": r"Weights in 8 bits: {} times the Frechet distance of fp32 (\1).",
     r"split_over_unsplit_(\w+)": (
         r"Split shortcuts make {} times the error of unsplit ones in the layers over concatenations (\1)."
@@ -340,7 +360,7 @@ def report(measured, seeds, seconds):
     """Writes what there is after so many seeds."""
     figures = {}
     for name, found in measured.items():
-        figures |= summarise(name, found)
+        figures |= summarise(name, found, [loss_over_fp32(name, seed) for seed in seeds])
     ways = list(dict.fromkeys(way for found in measured.values() for way in found[0]["bytes"]))
     table = {
         "of": "weights, model",
