@@ -78,7 +78,7 @@ def test_demo_loads_draws_measures_finetunes_and_reloads(tmp_path):
 def test_assets_are_small_and_safe():
     assets = Path(diffusers_ext.__file__).parent / "assets"
     files = [path for path in assets.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".npz", ".png", ".py"}
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".npz", ".png", ".py", ".flac"}
     for folder in assets.iterdir():
         assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 3 * 2**20
         assert (folder / "README.md").is_file()
