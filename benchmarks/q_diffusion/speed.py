@@ -116,10 +116,10 @@ def times(figures):
             print(place, {name: round(seconds / found["fp32"], 3) for name, seconds in found.items()}, flush=True)
 
 
-def resident():
-    """Returns the MiB that this process holds, files that are mapped left out."""
+def resident(kind="VmRSS"):
+    """Returns the MiB of this process in memory, with what is there of files that are mapped, as fp32 weights are."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(kind)) / 1024
 
 
 def held(arguments):
@@ -135,26 +135,33 @@ def held(arguments):
 
 
 def peak(arguments):
-    """Returns the largest MiB that loading adds to a process, watched by a thread."""
+    """Returns the largest MiB that loading adds to a process, watched by a thread, and the MiB of the network.
+
+    Of a network that is quantized while it loads, pages of the file that was read are left out: the system drops them
+    when memory is short. In fp32 they are the weights.
+    """
     import threading
 
     folder, bits = arguments
     torch.set_num_threads(1)
     import diffusers_ext  # noqa: F401
 
-    most, done, before = [0.0], threading.Event(), resident()
+    kind = "VmRSS" if bits is None else "RssAnon"
+    most, done, before = [0.0], threading.Event(), resident(kind)
 
     def watch():
         while not done.wait(0.01):
-            most[0] = max(most[0], resident())
+            most[0] = max(most[0], resident(kind))
 
     thread = threading.Thread(target=watch)
     thread.start()
     config = None if bits is None else QDiffConfig(bits, scale_method="max")
     model = UNet2DConditionModel.from_pretrained(folder, quantization_config=config)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.sum()  # what is mapped is read when it is used
     done.set()
     thread.join()
-    return max(most[0], resident()) - before, model.get_memory_footprint() / 2**20
+    return max(most[0], resident(kind)) - before, model.get_memory_footprint() / 2**20
 
 
 def memory(figures, folder):
@@ -278,7 +285,7 @@ SAYS = {
     r"file_(\w+)": r"A file of \1 has {} of the bytes of fp32.",
     "large_peak_4_bits_over_fp32": (
         "A network of Stable Diffusion 1.5's size, quantized to 4 bits while it loads, takes {} of the memory of fp32 "
-        "at most."
+        "at most, pages of the file that the system can drop left out."
     ),
     "calibration_recomputed_over_carried": (
         "Two passes from the input for each block, the original's order, would take {} times as long as carrying "
