@@ -28,8 +28,8 @@ from .conservativity import predict_with_asymmetry
 from .images import image_dataset
 from .networks import make_network, sized_unet
 from .noise import NoiseConfig, NoiseStrategy, offset_noise
-from .objectives import EDM, EpsX0V, FlowMatching, Objective
-from .pretrained import EDM_KINDS, check_inference_steps, converted, load_denoiser, loaded
+from .objectives import EpsX0V, FlowMatching, Objective
+from .pretrained import EDM_KINDS, check_inference_steps, converted, edm_objective, load_denoiser, loaded
 from .recipe import Context, Modules, Recipe, Sample, StepOutput
 from .timesteps import LogitNormalTimesteps, LogNormalLevels, Timesteps, UniformTimesteps
 
@@ -155,7 +155,7 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
             logit_normal = config.timestep_sampling == "logit_normal"
             self.timesteps = LogitNormalTimesteps() if logit_normal else UniformTimesteps(None)
         elif isinstance(scheduler, EDM_KINDS):
-            self.objective = EDM(schedule.sigma_data, -1 if schedule.prediction_type == "v_prediction" else 1)
+            self.objective = edm_objective(scheduler)
             self.timesteps = LogNormalLevels(config.p_mean, config.p_std)
         else:
             length = schedule.num_train_timesteps

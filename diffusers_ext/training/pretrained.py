@@ -20,6 +20,7 @@ from diffusers_ext.generation.latents import latent_factor
 from diffusers_ext.generation.stepping import current_config, set_timesteps
 
 from .config import require
+from .objectives import EDM
 
 __all__ = [
     "EDM_KINDS",
@@ -28,11 +29,17 @@ __all__ = [
     "check_inference_steps",
     "check_schedule",
     "converted",
+    "edm_objective",
     "load_denoiser",
     "loaded",
 ]
 
 EDM_KINDS = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)
+
+
+def edm_objective(scheduler: Any) -> EDM:
+    """Returns what a network with one of `EDM_KINDS` learns."""
+    return EDM(scheduler.config["sigma_data"], -1 if scheduler.config["prediction_type"] == "v_prediction" else 1)
 
 
 @dataclass

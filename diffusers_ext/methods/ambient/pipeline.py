@@ -13,7 +13,7 @@ from diffusers_ext.generation.pipeline import ImageGenerationPipeline
 from diffusers_ext.generation.stepping import callback_names, scaled_input, set_timesteps
 from diffusers_ext.training.objectives import EDM, FlowMatching, Objective
 from diffusers_ext.training.pipeline_schedule import pipeline_objective
-from diffusers_ext.training.pretrained import EDM_KINDS
+from diffusers_ext.training.pretrained import EDM_KINDS, edm_objective
 
 from .levels import Schedule
 from .sampling import edm_levels, heun_step
@@ -129,9 +129,7 @@ class AmbientPipeline(ImageGenerationPipeline):
             common: dict[str, Any] = {**given, **further, "callback_on_step_end": callback_on_step_end}
             return super().__call__(batch_size, class_labels, num_inference_steps, return_dict=return_dict, **common)
         else:
-            sample = self._truncated(
-                batch_size, class_labels, num_inference_steps, stop_at_sigma, callback_on_step_end, given, further
-            )
+            sample = self._truncated(batch_size, labels, steps, stop_at_sigma, callback_on_step_end, given, further)
         images: Any = sample if output_type == "latent" else self._decode(sample, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -190,15 +188,14 @@ class AmbientPipeline(ImageGenerationPipeline):
     def _truncated(
         self,
         batch_size: int,
-        class_labels: Any,
-        num_inference_steps: int | None,
+        labels: torch.Tensor | None,
+        steps: int,
         stop: float,
         callback: Callable[[Any, int, Any, dict], dict] | None,
         given: dict[str, Any],
         further: dict[str, Any],
     ) -> torch.Tensor:
         """Samples by the scheduler's steps down to the last level that is not below `stop`."""
-        steps = self.default_inference_steps if num_inference_steps is None else num_inference_steps
         times = set_timesteps(self.scheduler, steps, self._execution_device, further["sigmas"])
         objective, network_times = training_objective(self.scheduler), times.cpu()
         t = objective_timesteps(objective, network_times)
@@ -219,13 +216,10 @@ class AmbientPipeline(ImageGenerationPipeline):
             return found
 
         common: dict[str, Any] = {**given, **further, "output_type": "latent", "callback_on_step_end": stopping}
-        sample = super().__call__(batch_size, class_labels, num_inference_steps, return_dict=False, **common)[0]
+        sample = super().__call__(batch_size, labels, steps, return_dict=False, **common)[0]
         if not stopped:  # the caller's callback ended it before
             return sample
-        labels = None
-        if class_labels is not None:
-            labels = torch.as_tensor([class_labels] if isinstance(class_labels, int) else class_labels)
-            labels = labels.to(sample.device).expand(len(sample))
+        labels = None if labels is None else labels.to(sample.device).expand(len(sample))
         at = times[reached]
         prediction = self._predict(sample, at, labels, self._guidance_scale)[:, : sample.shape[1]]
         noisy = scaled_input(self.scheduler, sample, at)
@@ -236,7 +230,7 @@ class AmbientPipeline(ImageGenerationPipeline):
 def training_objective(scheduler: Any) -> Objective:
     """Returns the objective of a scheduler's models."""
     if isinstance(scheduler, EDM_KINDS):
-        return EDM(scheduler.config["sigma_data"], -1 if scheduler.config["prediction_type"] == "v_prediction" else 1)
+        return edm_objective(scheduler)
     return pipeline_objective(scheduler)
 
 

@@ -17,7 +17,15 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.rng import mix
 
-__all__ = ["Calibration", "batch_arguments", "collect_calibration", "fingerprint", "is_per_sample", "network_name"]
+__all__ = [
+    "Calibration",
+    "batch_arguments",
+    "claim",
+    "collect_calibration",
+    "fingerprint",
+    "is_per_sample",
+    "network_name",
+]
 
 # Tensors that hold places, not samples; their first axis is no batch.
 SHARED = ("img_ids", "txt_ids", "image_rotary_emb", "freqs_cis")
@@ -224,7 +232,7 @@ def collect_calibration(
     }
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
-        _claim(folder, settings)
+        claim(folder / "calibration.json", settings, "collection")
     calls: list[dict[str, Any]] = []
     starts = range(0, num_samples, batch_size)
     with _prepared(pipeline):
@@ -262,17 +270,26 @@ def _described(value: Any) -> str:
     return repr(value)
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    path = folder / "calibration.json"
+def claim(path: Path, settings: dict[str, Any], what: str) -> None:
+    """Writes what decides a folder's content into it; refuses a folder of other settings.
+
+    Args:
+        path: the file of the settings.
+        settings: by name, of plain types.
+        what: the folder's content, for the message.
+
+    Raises:
+        ValueError: the folder's are others.
+    """
     if path.is_file():
         there = json.loads(path.read_text())
         for name, value in settings.items():
             if there.get(name) != value:
                 raise ValueError(
-                    "`output_dir` must be new or hold a collection of the same settings: "
-                    f"{name} is {there.get(name)!r} in {folder}, got {value!r}."
+                    f"`output_dir` must be new or hold a {what} of the same settings: "
+                    f"{name} is {there.get(name)!r} in {path.parent}, got {value!r}."
                 )
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=1))
 
 

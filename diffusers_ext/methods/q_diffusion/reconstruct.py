@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from diffusers_ext.rng import mix
 
 from .adaround import hard_integers, initial_alpha, output_loss, rounding_penalty, soft_weight
 from .attention import QDiffAttnProcessor, attention_layers, takes_processor
-from .calibration import Calibration, fingerprint, is_per_sample
+from .calibration import Calibration, claim, fingerprint, is_per_sample
 from .config import QDiffConfig
 from .layers import QuantLayer, check_compute, quantized_layer
 from .points import ActPoint, LearningAttnProcessor, watch_inputs
@@ -165,17 +164,7 @@ def _claim(folder: Path, model: Any, calibration: Calibration, config: QDiffConf
     for tensor in [*model.state_dict().values(), *tensors_in(calibration.calls).values()]:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     wanted = {"config": config.to_dict(), **vars(settings), "model and calibration": digest.hexdigest()}
-    path = folder / "settings.json"
-    if path.is_file():
-        there = json.loads(path.read_text())
-        for name, value in wanted.items():
-            if there.get(name) != value:
-                raise ValueError(
-                    "`output_dir` must be new or hold a run of the same settings: "
-                    f"{name} is {there.get(name)!r} in {folder}, got {value!r}."
-                )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(wanted, indent=1))
+    claim(folder / "settings.json", wanted, "run")
 
 
 class _Run:
