@@ -45,7 +45,8 @@ def add_lora(
         dora: train the magnitude of each target too (DoRA, arXiv 2402.09353).
 
     Raises:
-        ValueError: peft is missing, a target names no layer (close names are listed), or the rank is above theirs.
+        ValueError: peft is missing, a target names no layer (close names are listed), the rank is above theirs, or
+            the magnitude of quantized layers is asked for.
     """
     require_peft()
     from peft import LoraConfig, inject_adapter_in_model
@@ -64,9 +65,15 @@ def add_lora(
         )
     # By whole names: an end of a name may also be that of a block, which peft refuses.
     names = [name for name in layers if any(_matches(name, target) for target in chosen)]
-    largest = max(min(network.get_submodule(name).weight.shape[:2]) for name in names)
+    largest = max(min(_sizes(network.get_submodule(name))) for name in names)
     if rank > largest:
         raise ValueError(f"`lora_rank` must be at most {largest}, the full rank of the largest layer, got {rank}.")
+    # Layers that hold integers only show a weight without memory of its own.
+    if dora and not all(network.get_submodule(name).weight.stride(0) for name in names):
+        raise ValueError(
+            f"`use_dora` must be False for this {type(network).__name__}, got True: its quantized layers keep no "
+            "weight whose magnitude could be trained."
+        )
     network.requires_grad_(False)
     config = LoraConfig(
         r=rank,
@@ -79,6 +86,12 @@ def add_lora(
         network.add_adapter(config)
     else:
         inject_adapter_in_model(config, network)
+
+
+def _sizes(layer: Any) -> tuple[int, int]:
+    """Returns how many outputs and inputs a layer has; weights of quantized ones have other shapes."""
+    linear = isinstance(layer, nn.Linear)
+    return (layer.out_features, layer.in_features) if linear else (layer.out_channels, layer.in_channels)
 
 
 def _matches(name: str, target: str) -> bool:

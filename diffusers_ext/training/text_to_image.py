@@ -178,7 +178,7 @@ class TextToImageRecipe(Recipe[ConfigT], Generic[ConfigT]):
             pipeline_timesteps(scheduler, config.timestep_sampling)
         if config.lora_rank is not None:
             add_lora(model.network, config.lora_rank, config.lora_alpha, config.targets, config.use_dora)
-            if config.quantization is None:
+            if not getattr(model.network, "is_quantized", False):
                 check_loads_again(model.pipe, model.network_name, config.targets)
         else:
             model.network.requires_grad_(True)

@@ -13,17 +13,26 @@ import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.quantizers import PipelineQuantizationConfig
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from PIL import Image
 from safetensors.torch import load_file
 
 import diffusers_ext.data.cache as cache
-from diffusers_ext import ImageClassifierFeatures, StepRNG, TextToImageConfig, TextToImageRecipe, Trainer
+from diffusers_ext import (
+    ImageClassifierFeatures,
+    QDiffConfig,
+    StepRNG,
+    TextToImageConfig,
+    TextToImageRecipe,
+    Trainer,
+)
 from diffusers_ext.data.buckets import BucketBatchSampler, bucket_sizes, nearest_bucket
 from diffusers_ext.data.digits import CLASSIFIER, TEXT_TO_IMAGE
 from diffusers_ext.training.lora import adapters_off
 from diffusers_ext.training.pipeline_schedule import pipeline_objective, sampling_shift
 from diffusers_ext.training.recipe import Context
+from diffusers_ext.training.text_model import TextPipeline
 from diffusers_ext.training.timesteps import ShiftedNoiseLevels
 from tests import processes, tiny_pipelines
 from tests.training.test_distributed import two_process_state
@@ -40,6 +49,7 @@ def root(tmp_path_factory):
         torch.manual_seed(0)
         pipe = getattr(tiny_pipelines, name)()
         pipe.save_pretrained(folder / name)
+    qdiff_layers(DiffusionPipeline.from_pretrained(folder / "flux")).save_pretrained(folder / "integers")
     write_images(folder / "data", [(32, 32), (32, 48)] * 4)
     write_images(folder / "one", [(32, 32)])
     return folder
@@ -278,6 +288,69 @@ def test_caches_checkpointing_and_validation_change_nothing(root, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def bitsandbytes_layers(pipe):
+    """Puts 4-bit layers in the place of some linear ones; Diffusers' loader does so on a GPU only."""
+    bnb = pytest.importorskip("bitsandbytes")
+    network = pipe.transformer
+    for name, layer in list(network.named_modules()):
+        if name.endswith("net.2"):  # its kernel for CPUs wants at least 64 inputs
+            new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, True, torch.float32)
+            new.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+            new.bias = layer.bias
+            network.set_submodule(name, new.to("cpu"))
+    network.eval().is_quantized = True
+    return pipe
+
+
+def qdiff_layers(pipe):
+    network = "unet" if hasattr(pipe, "unet") else "transformer"
+    bits = PipelineQuantizationConfig(quant_mapping={network: QDiffConfig(weight_bits=4)})
+    return DiffusionPipeline.from_pretrained(pipe.name_or_path, quantization_config=bits)
+
+
+def tuned(root, folder, pipeline="flux", **changes):
+    """Tunes a pipeline to one image and returns it as it was trained."""
+    changes |= {"train_data_dir": str(root / "one"), "train_batch_size": 1, "learning_rate": 1e-2, "use_ema": False}
+    recipe, _ = run(root, folder, pipeline=pipeline, max_train_steps=6, **changes)
+    pipe = recipe.model.whole(recipe.model.network.eval())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("name", "quantized"), [("stable_diffusion", qdiff_layers), ("flux", bitsandbytes_layers)], ids=["qdiff", "bnb"]
+)
+def test_a_quantized_base_is_tuned(root, tmp_path, monkeypatch, name, quantized):
+    def load(*_):
+        return quantized(DiffusionPipeline.from_pretrained(root / name))
+
+    monkeypatch.setattr(TextPipeline, "_load", load)
+    pipe, stock = tuned(root, tmp_path, name, lora_targets="net.2"), load()
+    network = "unet" if hasattr(pipe, "unet") else "transformer"
+    with adapters_off(getattr(pipe, network)):
+        assert torch.equal(draw(pipe), draw(stock))  # the base has not moved
+    stock.load_lora_weights(tmp_path)
+    getattr(stock, network).eval()
+    assert torch.equal(draw(pipe), draw(stock))
+    assert (draw(stock) - draw(load())).abs().max() > 1e-3
+    # The network that is not quantized takes them too.
+    plain = DiffusionPipeline.from_pretrained(root / name)
+    before = draw(plain)
+    plain.load_lora_weights(tmp_path)
+    assert (draw(plain) - before).abs().max() > 1e-3
+
+
+def test_dora_trains_magnitudes(root, tmp_path):
+    pipe = tuned(root, tmp_path, use_dora=True)
+    stock = DiffusionPipeline.from_pretrained(root / "flux")
+    stock.load_lora_weights(tmp_path)
+    torch.testing.assert_close(draw(pipe), draw(stock))
+    layer = "transformer_blocks.0.attn.to_q"
+    length = stock.transformer.get_submodule(layer).base_layer.weight.norm(dim=1)
+    magnitudes = [value for name, value in lora(tmp_path).items() if f"{layer}.lora_magnitude" in name]
+    assert 1e-4 < (magnitudes[0] - length).abs().max() < 0.5  # it starts at the lengths of the weight's rows
+
+
 def test_killed_while_caching_it_goes_on(root, tmp_path):
     changes = {"cache_latents": True, "cache_prompts": True, "cache_dir": str(tmp_path / "cache")}
     child = os.fork()
@@ -406,6 +479,7 @@ REFUSED = {
         {"lora_rank": None, "lora_alpha": 4.0},
         "`lora_alpha` must be left out without `lora_rank`",
     ),
+    "magnitudes of integers": ({"pipeline": "integers", "use_dora": True}, "`use_dora` must be False for this"),
     "quantized full run": ({"lora_rank": None, "quantization": "4bit"}, "`quantization` must be left out"),
     "quantized here": ({"quantization": "4bit"}, "`quantization` must be left out without"),
     "captions": ({"caption_column": "title"}, r"`caption_column` must be one of the columns .*'text'"),

@@ -103,12 +103,15 @@ class QuantLayer(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """An empty tensor that tells device, dtype and axes; nothing can be merged into it. See `dequantize`."""
+        """One NaN, expanded: tells shape, dtype and device; nothing can be merged into it. See `dequantize`.
+
+        Loaders of LoRA weights put a layer of zeros in the place of one whose weight is smaller than theirs.
+        """
         loading = self._parameters.get("weight")
         if loading is not None:
             return loading
         dtype = torch.float32 if self.bias is None else self.bias.dtype
-        return torch.empty((0,) * len(self.weight_shape), dtype=dtype, device=self.qweight.device)
+        return torch.full((), math.nan, dtype=dtype, device=self.qweight.device).expand(self.weight_shape)
 
     @property
     def max_abs_weight(self) -> int:

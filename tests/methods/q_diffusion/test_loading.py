@@ -196,6 +196,9 @@ def test_low_rank_layers_stand_on_top(folder):
     inject_adapter_in_model(LoraConfig(r=2, target_modules=targets, init_lora_weights=False), model)
     layer = next(m for n, m in model.named_modules() if n.endswith("to_q"))
     assert isinstance(layer.base_layer, QuantLinear)
+    # Flux's loader would put a layer of zeros in the place of one whose weight is smaller than the LoRA's.
+    assert layer.base_layer.weight.shape == (16, 16)
+    assert layer.base_layer.weight.untyped_storage().nbytes() == 4
     x = torch.randn(2, 3, 16)
     added = layer.lora_B["default"](layer.lora_A["default"](x)) * layer.scaling["default"]
     torch.testing.assert_close(layer(x), layer.base_layer(x) + added)
