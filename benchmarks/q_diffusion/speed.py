@@ -223,7 +223,7 @@ def chain(depth):
 def carried(model, states):
     """Seconds and blocks of passing all blocks as here: everything is carried from one to the next."""
     run = _Run(model, states, QDiffConfig(8, scale_method="max"), Settings(iters=0), {}, None)
-    units = find_units(model, run.probe, list(convertible(model, None)), "block")
+    units = find_units(model, run.probes(), list(convertible(model, None)), "block")
     start = time.perf_counter()
 
     class Bar:

@@ -7,8 +7,12 @@ A weight w becomes `d (clamp(floor(w / d) + h(a) + z, 0, 2^b - 1) - z)`, `h(a) =
 from __future__ import annotations
 
 import torch
+from torch import nn
+
+from .layers import QuantLayer
 
 __all__ = [
+    "LayerRounding",
     "hard_integers",
     "initial_alpha",
     "output_loss",
@@ -86,3 +90,37 @@ def output_loss(output: torch.Tensor, target: torch.Tensor, power: float = 2.0) 
     """
     channels = 1 if output.ndim in (4, 5) else -1
     return (output - target).abs().pow(power).sum(channels).mean()
+
+
+class LayerRounding:
+    """The variables of one layer's rounding.
+
+    Args:
+        weight: the layer's own.
+        quantized: the layer with its grids, which gets the integers.
+    """
+
+    def __init__(self, weight: torch.Tensor, quantized: QuantLayer) -> None:
+        self.quantized, self.weight = quantized, weight.detach()
+        self.grids, self.alphas = [], []
+        for part, grid in quantized.parts():
+            step, zero = (quantized.column(value[grid]).to(self.weight) for value in quantized.grids())
+            self.grids.append((part, step, zero))
+            self.alphas.append(nn.Parameter(initial_alpha(self.weight[:, part], step)))
+
+    def soft(self) -> torch.Tensor:
+        """Returns the weight at the present rounding."""
+        parts = [
+            soft_weight(self.weight[:, part], step, zero, alpha, self.quantized.bits)
+            for (part, step, zero), alpha in zip(self.grids, self.alphas, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    @torch.no_grad()
+    def store(self) -> None:
+        """Decides each weight."""
+        parts = [
+            hard_integers(self.weight[:, part], step, zero, alpha, self.quantized.bits)
+            for (part, step, zero), alpha in zip(self.grids, self.alphas, strict=True)
+        ]
+        self.quantized.set_integers((parts[0] if len(parts) == 1 else torch.cat(parts, 1)).cpu())

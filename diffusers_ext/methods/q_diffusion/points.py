@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,18 +10,21 @@ from torch import nn
 
 from .attention import PARTS, QDiffAttnProcessor
 from .config import QDiffConfig
-from .grids import SMALLEST, quantization_grid
+from .grids import SMALLEST, ScaleMethod, quantization_grid
 
 __all__ = ["ActPoint", "LearningAttnProcessor", "watch_inputs"]
 
 
 class ActPoint(nn.Module):
-    """One static grid. It is found from the first tensor that passes, and then learned.
+    """One static grid. It is found from the first tensors that pass, and then learned.
 
     Args:
         config: how the range is found.
         bits: of the grid.
         zero_at_0: for what is never negative.
+
+    Attributes:
+        stop: called with the point and what passes it first, returns that rounded; see `find`.
     """
 
     def __init__(self, config: QDiffConfig, bits: int = 8, zero_at_0: bool = False) -> None:
@@ -28,19 +32,22 @@ class ActPoint(nn.Module):
         self.config, self.bits, self.zero_at_0 = config, bits, zero_at_0
         self.step, self.zero = nn.Parameter(torch.ones(())), torch.zeros(())
         self.found = False
+        self.stop: Callable[[ActPoint, torch.Tensor], torch.Tensor] | None = None
+
+    def find(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Finds the grid of tensors, and returns them rounded."""
+        x = torch.cat([tensor.flatten() for tensor in tensors])
+        symmetric = self.config.act_symmetric and not self.zero_at_0
+        method: ScaleMethod = self.config.scale_method
+        step, self.zero = quantization_grid(x, self.bits, method, symmetric, zero_at_0=self.zero_at_0)
+        self.step.data, self.found = step, True
+        return [self(tensor) for tensor in tensors]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns x rounded, differentiable in x and, where it is not clipped, by straight-through, in the step."""
         if not self.found:
-            symmetric = self.config.act_symmetric and not self.zero_at_0
-            step, self.zero = quantization_grid(
-                x,
-                self.bits,
-                self.config.scale_method,
-                symmetric,
-                zero_at_0=self.zero_at_0,  # type: ignore[arg-type]
-            )
-            self.step.data, self.found = step, True
+            assert self.stop is not None
+            return self.stop(self, x)
         scaled = x / self.step.clamp(min=SMALLEST)
         rounded = scaled + (scaled.round() - scaled).detach()
         q = (rounded + self.zero).clamp(0, 2**self.bits - 1)

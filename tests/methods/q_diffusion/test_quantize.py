@@ -208,7 +208,38 @@ def test_a_killed_run_goes_on_to_the_same_bits(model, tmp_path):
         quantize_model(model, states, config, iters=13, output_dir=tmp_path / "cut")
 
 
-@pytest.mark.parametrize("name", ["DiTPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "ZImagePipeline"])
+def test_states_in_groups_are_learned_as_in_one(model, calibration, monkeypatch):
+    """The mean over states drawn from all groups is the mean over states; so are ranges those of all of them."""
+    config, settings = QDiffConfig(4, act_bits=8), {"iters": 2, "act_iters": 1, "batch_size": 8}
+    whole = quantize_model(model, calibration, config, **settings)
+    monkeypatch.setattr(
+        Calibration, "groups", lambda self: [Calibration(self.calls[i : i + 2], self.model) for i in range(0, 8, 2)]
+    )
+    made = quantize_model(model, calibration, config, **settings).state_dict()
+    for name, value in whole.state_dict().items():
+        if name.endswith("qweight"):  # the order of sums may decide a weight near the middle
+            assert (value == made[name]).float().mean() > 0.99
+        else:
+            torch.testing.assert_close(made[name], value, rtol=0.05, atol=1.01 if name.endswith("point") else 0)
+
+
+def test_prompts_of_different_lengths_calibrate_one_model():
+    pipe = build("QwenImagePipeline")
+    options = {"num_inference_steps": 2, "height": 16, "width": 16, "true_cfg_scale": 3.0, "negative_prompt": "bad"}
+    prompts = ["a cat", "a dog that runs over a field", "a", "an owl"]
+    states = collect_calibration(pipe, 4, 2, batch_size=2, prompt=prompts, **options)
+    assert len(states.groups()) > 1
+    made = quantize_model(pipe.transformer, states, QDiffConfig(8, act_bits=8), iters=2, act_iters=1, batch_size=4)
+    for call in states.calls:
+        with torch.no_grad():
+            found, wanted = (m(**call, return_dict=False)[0] for m in (made, pipe.transformer))
+        assert (found - wanted).square().mean() < 0.02 * wanted.square().mean()
+
+
+TRANSFORMERS = ["DiT", "StableDiffusion3", "Flux", "QwenImage", "ZImage"]
+
+
+@pytest.mark.parametrize("name", [f"{name}Pipeline" for name in TRANSFORMERS])
 def test_transformers_are_quantized_through_their_pipelines(name, tmp_path, caplog):
     pipe = build(name)
     said = {"class_labels": [1, 2]} if name == "DiTPipeline" else {"prompt": ["a cat", "a dog"]}
