@@ -279,7 +279,8 @@ class _Run:
         if self.settings.iters == 0:
             return
         rounding = {
-            name: LayerRounding(work.get_parameter(_weight(inside)), self.quantized[name]) for inside, name in self._names(unit)
+            name: LayerRounding(work.get_parameter(_weight(inside)), self.quantized[name])
+            for inside, name in self._names(unit)
         }
         alphas = [alpha for layer in rounding.values() for alpha in layer.alphas]
         optimizer = torch.optim.Adam(alphas, lr=self.settings.lr)
