@@ -50,6 +50,8 @@ WAYS = {
     "w4_mse": ({"weight_bits": 4}, 0, 0, "many"),
     "w4a8": (W4A8, ITERS, ACT_ITERS, "many"),
     "w4a8_unsplit": ({**W4A8, "split_shortcuts": False}, ITERS, ACT_ITERS, "many"),
+    "w4a8_nearest": (W4A8, 0, 0, "many"),
+    "w4a8_nearest_unsplit": ({**W4A8, "split_shortcuts": False}, 0, 0, "many"),
     "w4_one_timestep": ({"weight_bits": 4}, ITERS, 0, "one"),
     "w4_few_states": ({"weight_bits": 4}, ITERS, 0, "few"),
 }

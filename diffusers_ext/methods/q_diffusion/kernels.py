@@ -127,7 +127,9 @@ def int8_conv2d(
     """
     none = _no_zero_points(len(scale))
     post = (1.0, 0, torch.float32, "none", [], "")
-    return torch.ops.onednn.qconv2d_pointwise(channels_last(q), step, zero, packed, scale, none, bias, *_window(options), *post)
+    return torch.ops.onednn.qconv2d_pointwise(
+        channels_last(q), step, zero, packed, scale, none, bias, *_window(options), *post
+    )
 
 
 def int8_linear(

@@ -10,7 +10,6 @@ from diffusers import UNet2DModel
 from diffusers_ext import QDiffConfig, convert_qdiffusion_checkpoint, quantization_grid, train
 from diffusers_ext.methods.q_diffusion.layers import QuantLayer
 from diffusers_ext.methods.q_diffusion.quantizer import shortcut_splits
-
 from tests.tiny_pipelines import build
 
 from .tiny import pipeline, unet

@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers_ext import Calibration, QDiffConfig, QuantConv2d, collect_calibration, quantize_model
 from diffusers_ext.methods.q_diffusion import units
 from diffusers_ext.methods.q_diffusion.layers import QuantLayer
+from diffusers_ext.methods.q_diffusion.points import ActPoint
 from diffusers_ext.methods.q_diffusion.quantizer import shortcut_splits
 from tests import processes
 from tests.tiny_pipelines import build
@@ -168,6 +169,27 @@ def test_the_cost_is_linear_in_depth(monkeypatch):
     assert found[1] < 3 * found[0]
 
 
+def test_running_ranges_are_averages_of_extremes(model, calibration):
+    point, batches = ActPoint(QDiffConfig(act_bits=8)), [torch.tensor([-1.0, 0.2, 3.0]), torch.tensor([-2.0, 5.0])]
+    point.observe(batches[:1], 0.9)
+    point.observe([batches[1][:1], batches[1][1:]], 0.9)  # one batch in two parts
+    assert point.step.item() == pytest.approx((3.2 + 1.1) / 255)
+    assert point.zero == round(1.1 / (4.3 / 255))
+    point.observe(batches, None)
+    assert point.step.item() == pytest.approx(4.3 / 255)
+    made = quantize_model(
+        model,
+        calibration,
+        QDiffConfig(8, act_bits=8),
+        iters=0,
+        act_iters=0,
+        act_momentum=0.001,
+        batch_size=len(calibration),
+    )
+    x = calibration.arguments()["sample"]  # the last batch is all states, and takes nearly all
+    assert made.conv_in.act_scale.item() == pytest.approx((x.max() - x.min()).item() / 255, rel=1e-3)
+
+
 def test_single_layers_can_be_rounded_by_themselves(model, calibration, held_out):
     config = QDiffConfig(4, act_bits=8, scale_method="max")
     made = quantize_model(model, calibration, config, iters=4, act_iters=1, granularity="layer")
@@ -273,6 +295,7 @@ def test_wrong_arguments(model, calibration):
         ({"act_iters": 1.5}, "`act_iters` must be an integer >= 0, got 1.5"),
         ({"batch_size": 0}, "`batch_size` must be an integer >= 1, got 0"),
         ({"lr": 0}, "`lr` must be a number > 0, got 0"),
+        ({"act_momentum": 1.0}, r"`act_momentum` must be a number in \(0, 1\) or None, got 1.0"),
         ({"granularity": "net"}, r"`granularity` must be one of \['block', 'layer'\], got 'net'"),
         ({"config": QDiffConfig(modules_to_not_convert=["nix"])}, "`modules_to_not_convert` must name .*'nix'"),
         (
