@@ -6,10 +6,13 @@ A weight w becomes `d (clamp(floor(w / d) + h(a) + z, 0, 2^b - 1) - z)`, `h(a) =
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from .layers import QuantLayer
+from .units import tensors_in
 
 __all__ = [
     "LayerRounding",
@@ -20,6 +23,7 @@ __all__ = [
     "rounding_penalty",
     "rounding_variable",
     "soft_weight",
+    "total_loss",
 ]
 
 ZETA, GAMMA = 1.1, -0.1
@@ -90,6 +94,13 @@ def output_loss(output: torch.Tensor, target: torch.Tensor, power: float = 2.0) 
     """
     channels = 1 if output.ndim in (4, 5) else -1
     return (output - target).abs().pow(power).sum(channels).mean()
+
+
+def total_loss(output: Any, target: Any, power: float) -> torch.Tensor:
+    """Returns the sum of the losses of a unit's outputs."""
+    outputs, targets = tensors_in(output), tensors_in(target)
+    losses = [output_loss(outputs[place], targets[place], power) for place in targets]
+    return torch.stack(losses).sum()
 
 
 class LayerRounding:

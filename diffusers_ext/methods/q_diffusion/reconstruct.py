@@ -18,15 +18,15 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.rng import mix
 
-from .adaround import LayerRounding, output_loss, rounding_penalty
+from .adaround import LayerRounding, rounding_penalty, total_loss
 from .attention import QDiffAttnProcessor, attention_layers, takes_processor
-from .calibration import Calibration, claim, fingerprint, is_per_sample
+from .calibration import Calibration, claim, fingerprint
 from .config import QDiffConfig
 from .in_step import InStep
 from .layers import QuantLayer, check_compute, quantized_layer
 from .points import ActPoint, LearningAttnProcessor, watch_inputs
 from .quantizer import QDiffQuantizer, convertible, mark_quantized, splits_for
-from .units import Unit, carry, find_units, in_chunks, joined, rows_of, tensors_in, within_groups
+from .units import Unit, carry, find_units, in_chunks, joined, rows_of, selected, tensors_in, within_groups
 
 __all__ = ["quantize_model"]
 
@@ -53,7 +53,8 @@ def quantize_model(
 
     Block by block, in the order of their calls, each weight is rounded up or down so that the block's output, from the
     input that the quantized blocks before it give, stays that of the original block. Then, with `act_bits`, the steps
-    of activations are learned likewise. Every block is passed once by all states: the cost is linear in depth.
+    of activations are learned likewise, and the last layer's bias takes what is constant in the output's error. Every
+    block is passed once by all states: the cost is linear in depth.
 
     Args:
         model: a UNet or transformer of Diffusers; it stays as it is, and what is returned is a new one.
@@ -187,6 +188,8 @@ class _Run:
         self.dtype = next(model.parameters()).dtype
         self.quantized: dict[str, QuantLayer] = {}
         self.attention: dict[str, dict[str, torch.Tensor]] = {}
+        self.lacking: dict[str, torch.Tensor] = {}  # what the bias of the last layer lacks, by name
+        self.last = 0
 
     def probes(self) -> list[Callable[[int], dict[str, Any]]]:
         """Returns, for each group, what gives the arguments for a few states, as the model takes them."""
@@ -215,7 +218,7 @@ class _Run:
             doubled(selected(arguments, count, [*range(count), *range(count)]))
             for arguments, count in zip(self.groups, self.counts, strict=True)
         ]
-        order = {unit.name: i for i, unit in enumerate(units)}
+        order, self.last = {unit.name: i for i, unit in enumerate(units)}, len(units) - 1
 
         def visit(unit: Unit, calls: list[Any], times: int) -> list[Any]:
             if times == 0:
@@ -247,7 +250,10 @@ class _Run:
             if not known:
                 self._learn_activations(work, unit, index, given, targets, points)
                 self._save(unit, index, kind)
-        return [joined(pair) for pair in zip(targets, outputs(given), strict=True)]
+        found = outputs(given)
+        if self.settings.iters and index == self.last and isinstance(targets[0], torch.Tensor):
+            self._correct_bias(unit, targets, found)
+        return [joined(pair) for pair in zip(targets, found, strict=True)]
 
     def _loss(
         self, module: Callable[..., Any], unit: Unit, calls: list[Any], targets: list[Any], states: Any, power: float
@@ -259,6 +265,15 @@ class _Run:
             wanted = rows_of(targets[group], own, self.counts[group], device=self.device)
             losses.append(total_loss(module(*args, **kwargs), wanted, power) * (len(own) / len(states)))
         return torch.stack(losses).sum()
+
+    def _correct_bias(self, unit: Unit, targets: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        """Finds what the last layer's bias lacks, so that the mean over all states is the original network's."""
+        if unit.layers != [""]:
+            return
+        rows = [
+            (a - b).movedim(1 if a.ndim == 4 else -1, -1).flatten(0, -2) for a, b in zip(targets, outputs, strict=True)
+        ]
+        self.lacking = {unit.name: torch.cat(rows).mean(0)}
 
     def _names(self, unit: Unit) -> list[tuple[str, str]]:
         """Returns the layers of a unit: name within it, name in the model."""
@@ -465,7 +480,8 @@ class _Run:
         for name, quantized in self.quantized.items():
             bias: Any = layers[name].bias
             if bias is not None:
-                quantized.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+                own = bias.detach() + self.lacking.get(name, torch.zeros(())).to(bias)
+                quantized.bias = nn.Parameter(own, requires_grad=False)
             memo[id(layers[name])] = quantized.to(self.device)
         made = copy.deepcopy(self.model, memo)
         for name, stored in self.attention.items():
@@ -478,23 +494,3 @@ class _Run:
 
 def _weight(inside: str) -> str:
     return f"{inside}.weight" if inside else "weight"
-
-
-def selected(arguments: dict[str, Any], count: int, states: list[int]) -> dict[str, Any]:
-    """Returns the arguments of a call of a model with some of its `count` states."""
-
-    def taken(value: Any, name: str) -> Any:
-        if isinstance(value, dict):
-            return {k: taken(v, f"{name}.{k}") for k, v in value.items()}
-        if not is_per_sample(value, name, count):
-            return value
-        return [value[i] for i in states] if isinstance(value, list) else value[states]
-
-    return {name: taken(value, name) for name, value in arguments.items()}
-
-
-def total_loss(output: Any, target: Any, power: float) -> torch.Tensor:
-    """Returns the sum of the losses of a unit's outputs."""
-    outputs, targets = tensors_in(output), tensors_in(target)
-    losses = [output_loss(outputs[place], targets[place], power) for place in targets]
-    return torch.stack(losses).sum()

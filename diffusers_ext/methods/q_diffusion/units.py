@@ -10,9 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from .calibration import is_per_sample
 from .in_step import InStep
 
-__all__ = ["CHUNK", "Unit", "carry", "find_units", "in_chunks", "joined", "map_tensors", "rows_of", "within_groups"]
+__all__ = [
+    "CHUNK",
+    "Unit",
+    "carry",
+    "find_units",
+    "in_chunks",
+    "joined",
+    "map_tensors",
+    "rows_of",
+    "selected",
+    "within_groups",
+]
 
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "Attention")
 TOO_LARGE = ("CrossAttnUpBlock2D",)  # named by models as what devices should not cut, but a stage of many blocks
@@ -53,6 +65,19 @@ def map_tensors(value: Any, function: Callable[[str, torch.Tensor], Any], place:
     if isinstance(value, list | tuple):
         return type(value)(map_tensors(inner, function, f"{place}.{i}") for i, inner in enumerate(value))
     return value
+
+
+def selected(arguments: dict[str, Any], count: int, states: list[int]) -> dict[str, Any]:
+    """Returns the arguments of a call of a model with some of its `count` states."""
+
+    def taken(value: Any, name: str) -> Any:
+        if isinstance(value, dict):
+            return {k: taken(v, f"{name}.{k}") for k, v in value.items()}
+        if not is_per_sample(value, name, count):
+            return value
+        return [value[i] for i in states] if isinstance(value, list) else value[states]
+
+    return {name: taken(value, name) for name, value in arguments.items()}
 
 
 def rows_of(

@@ -68,6 +68,19 @@ def test_learned_rounding_beats_the_nearest_on_other_samples(model, calibration,
     assert error(learned, model, held_out) <= error(nearest, model, held_out)
 
 
+def test_the_mean_of_the_output_is_the_original_s(model, calibration, learned):
+    """The last layer's bias takes what is constant in the error, exactly over the states of the calibration."""
+    states = calibration.arguments()
+    with torch.no_grad():
+        found, wanted = learned(**states).sample, model(**states).sample
+        left = (found - wanted).mean((0, 2, 3))
+        assert left.abs().max() <= 1e-4 * wanted.abs().mean()
+        learned.conv_out.bias.data.copy_(model.conv_out.bias)
+        before = (learned(**states).sample - wanted).mean((0, 2, 3))
+        learned.conv_out.bias.data.add_(left - before)
+    assert before.abs().max() > 1e-3 * wanted.abs().mean()
+
+
 def test_the_original_stays_and_the_result_is_kept(model, held_out, learned, tmp_path):
     fresh = unet().state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in model.state_dict().items())
