@@ -245,7 +245,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(model, tmp_path):
 
 def test_states_in_groups_are_learned_as_in_one(model, calibration, monkeypatch):
     """The mean over states drawn from all groups is the mean over states; so are ranges those of all of them."""
-    config, settings = QDiffConfig(4, act_bits=8), {"iters": 2, "act_iters": 1, "batch_size": 8}
+    config, settings = QDiffConfig(4, act_bits=8), {"iters": 1, "act_iters": 1, "batch_size": 8}
     whole = quantize_model(model, calibration, config, **settings)
     monkeypatch.setattr(
         Calibration, "groups", lambda self: [Calibration(self.calls[i : i + 2], self.model) for i in range(0, 8, 2)]
