@@ -35,6 +35,7 @@ from diffusers_ext import (
     quantize_model,
 )
 from diffusers_ext.methods.q_diffusion.layers import QuantLayer
+from diffusers_ext.methods.q_diffusion.quantizer import shortcut_splits
 from diffusers_ext.methods.q_diffusion.reconstruct import Settings, calibrated
 
 RUNS = RESULTS.parents[1] / "runs" / "q_diffusion"
@@ -50,6 +51,8 @@ WAYS = {
     "w4_mse": ({"weight_bits": 4}, 0, 0, "many"),
     "w4a8": (W4A8, ITERS, ACT_ITERS, "many"),
     "w4a8_unsplit": ({**W4A8, "split_shortcuts": False}, ITERS, ACT_ITERS, "many"),
+    "w4a8_nearest": (W4A8, 0, 0, "many"),
+    "w4a8_nearest_unsplit": ({**W4A8, "split_shortcuts": False}, 0, 0, "many"),
     "w4_one_timestep": ({"weight_bits": 4}, ITERS, 0, "one"),
     "w4_few_states": ({"weight_bits": 4}, ITERS, 0, "few"),
 }
@@ -118,6 +121,17 @@ def error(model, arguments, wanted):
     return ((model(**arguments).sample - wanted).square().mean() / wanted.square().mean()).item()
 
 
+def once(name, seed, what, find):
+    """Returns what `find` measured of a model and a seed, which is measured once."""
+    path = RUNS / name / f"seed-{seed}" / f"{what}.json"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps(find(name, seed)))
+        partial.replace(path)
+    return json.loads(path.read_text())
+
+
 @torch.no_grad()
 def loss_over_fp32(name, seed):
     """Returns by how much weights of 8 bits change the denoising loss on real images."""
@@ -154,6 +168,16 @@ def shortcut_error(original, model, arguments, names):
     for handle in handles:
         handle.remove()
     return found / total
+
+
+def nearest_shortcuts(name, seed):
+    """Returns `shortcut_error` of weights rounded to nearest, with grids of activations, split and not."""
+    pipeline, found = pipeline_of(name), {}
+    held_out = states(name, pipeline, 100 + seed, 32).arguments()
+    for way in ("w4a8_nearest", "w4a8_nearest_unsplit"):
+        model = quantized(name, pipeline, seed, way)
+        found[way] = shortcut_error(pipeline.unet, model, held_out, shortcut_splits(model))
+    return found
 
 
 def draw(name, pipeline, unet):
@@ -235,10 +259,7 @@ def peers(unet):
 
 
 def measure(name, seed):
-    """Returns the figures of one model and seed, measured once."""
-    path = RUNS / name / f"seed-{seed}" / "measured.json"
-    if path.is_file():
-        return json.loads(path.read_text())
+    """Returns the figures of one model and seed."""
     pipeline = pipeline_of(name)
     unet = pipeline.unet
     held_out = states(name, pipeline, 100 + seed, 32).arguments()
@@ -246,7 +267,7 @@ def measure(name, seed):
         wanted = unet(**held_out).sample
     features = features_of(name)
     reference = extract_features(real(name), features)
-    models = {"fp32": unet, **{way: quantized(name, pipeline, seed, way) for way in WAYS}}
+    models = {"fp32": unet, **{way: quantized(name, pipeline, seed, way) for way in WAYS if "nearest" not in way}}
     models["w4"] = without_activations(models["w4a8"])
     split = [n for n, m in models["w4a8"].named_modules() if getattr(m, "split", 0)]
     found = {"shortcuts": {w: shortcut_error(unet, models[w], held_out, split) for w in ("w4a8", "w4a8_unsplit")}}
@@ -264,10 +285,7 @@ def measure(name, seed):
             found["error"][peer], found["bytes"][peer] = error(model, held_out, wanted), size(model)
         except Exception as problem:  # a package that is missing, or that does not take such a model here
             print(f"{peer} left out: {type(problem).__name__}: {str(problem)[:200]}", flush=True)
-    np.savez_compressed(path.with_suffix(".npz"), **pictures)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(found))
-    partial.replace(path)
+    np.savez_compressed(RUNS / name / f"seed-{seed}" / "measured.npz", **pictures)
     return found
 
 
@@ -275,15 +293,18 @@ def mean_figure(values, unit, goal=None):
     return figure(statistics.mean(values), unit, goal, spread(values))
 
 
-def summarise(name, by_seed, losses):
+def summarise(name, by_seed):
     def ratios(kind, a, b):
         return [m[kind][a] / m[kind][b] for m in by_seed]
 
     figures = {
         f"adaround_over_nearest_{name}": mean_figure(ratios("error", "w4", "w4_mse"), "ratio", "<= 0.6"),
-        f"loss_w8_over_fp32_{name}": mean_figure(losses, "ratio", "<= 1.1"),
+        f"loss_w8_over_fp32_{name}": mean_figure([m["loss"] for m in by_seed], "ratio", "<= 1.1"),
         f"fd_w8_over_fp32_{name}": mean_figure(ratios("fd", "w8", "fp32"), "ratio"),
-        f"split_over_unsplit_{name}": mean_figure(ratios("shortcuts", "w4a8", "w4a8_unsplit"), "ratio", "<= 0.5"),
+        f"split_over_unsplit_{name}": mean_figure(
+            ratios("nearest_shortcuts", "w4a8_nearest", "w4a8_nearest_unsplit"), "ratio", "<= 0.5"
+        ),
+        f"learned_split_over_unsplit_{name}": mean_figure(ratios("shortcuts", "w4a8", "w4a8_unsplit"), "ratio"),
         f"one_over_many_timesteps_{name}": mean_figure(ratios("error", "w4_one_timestep", "w4_few_states"), "ratio"),
         f"fd_w4a8_over_fp32_{name}": mean_figure(ratios("fd", "w4a8", "fp32"), "ratio"),
         f"fd_w4_max_over_fp32_{name}": mean_figure(ratios("fd", "w4_max", "fp32"), "ratio"),
@@ -333,8 +354,10 @@ SAYS = {
     r"loss_w8_over_fp32_(\w+)": r"Weights in 8 bits: {} times the denoising loss of fp32 on real images (\1).",
     r"fd_w8_over_fp32_(\w+)": r"Weights in 8 bits: {} times the Frechet distance of fp32 (\1).",
     r"split_over_unsplit_(\w+)": (
-        r"Split shortcuts make {} times the error of unsplit ones in the layers over concatenations (\1)."
+        r"Rounded to nearest, split shortcuts make {} times the error of unsplit ones in the layers over "
+        r"concatenations (\1)."
     ),
+    r"learned_split_over_unsplit_(\w+)": (r"With rounding that was learned for whole blocks, {} times it (\1)."),
     r"one_over_many_timesteps_(\w+)": (
         r"Calibrated on one timestep the error is {} times that of as many states of ten timesteps (\1)."
     ),
@@ -351,7 +374,9 @@ def main():
     start, measured = time.perf_counter(), {name: [] for name in MODELS}
     for seed in SEEDS:
         for name, found in measured.items():
-            found.append(measure(name, seed))
+            parts = {"loss": loss_over_fp32, "nearest_shortcuts": nearest_shortcuts}
+            own = once(name, seed, "measured", measure)
+            found.append({**own, **{what: once(name, seed, what, find) for what, find in parts.items()}})
             print(f"{name}, seed {seed} done after {time.perf_counter() - start:.0f} s", flush=True)
         report(measured, SEEDS[: seed + 1], time.perf_counter() - start)
 
@@ -360,7 +385,7 @@ def report(measured, seeds, seconds):
     """Writes what there is after so many seeds."""
     figures = {}
     for name, found in measured.items():
-        figures |= summarise(name, found, [loss_over_fp32(name, seed) for seed in seeds])
+        figures |= summarise(name, found)
     ways = list(dict.fromkeys(way for found in measured.values() for way in found[0]["bytes"]))
     table = {
         "of": "weights, model",

@@ -116,10 +116,10 @@ def times(figures):
             print(place, {name: round(seconds / found["fp32"], 3) for name, seconds in found.items()}, flush=True)
 
 
-def resident(kind="VmRSS"):
+def resident():
     """Returns the MiB of this process in memory, with what is there of files that are mapped, as fp32 weights are."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(kind)) / 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
 
 def held(arguments):
@@ -135,23 +135,18 @@ def held(arguments):
 
 
 def peak(arguments):
-    """Returns the largest MiB that loading adds to a process, watched by a thread, and the MiB of the network.
-
-    Of a network that is quantized while it loads, pages of the file that was read are left out: the system drops them
-    when memory is short. In fp32 they are the weights.
-    """
+    """Returns the largest MiB that loading adds to a process, watched by a thread, and the MiB of the network."""
     import threading
 
     folder, bits = arguments
     torch.set_num_threads(1)
     import diffusers_ext  # noqa: F401
 
-    kind = "VmRSS" if bits is None else "RssAnon"
-    most, done, before = [0.0], threading.Event(), resident(kind)
+    most, done, before = [0.0], threading.Event(), resident()
 
     def watch():
         while not done.wait(0.01):
-            most[0] = max(most[0], resident(kind))
+            most[0] = max(most[0], resident())
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -161,7 +156,7 @@ def peak(arguments):
         tensor.sum()  # what is mapped is read when it is used
     done.set()
     thread.join()
-    return max(most[0], resident(kind)) - before, model.get_memory_footprint() / 2**20
+    return max(most[0], resident()) - before, model.get_memory_footprint() / 2**20
 
 
 def memory(figures, folder):
@@ -186,7 +181,7 @@ def memory(figures, folder):
         large = large.to_empty(device="cpu")
         for p in large.parameters():
             torch.nn.init.normal_(p, std=0.02) if p.numel() < 2**16 else p.data.copy_(_tiled(p))
-        large.save_pretrained(folder / "large", max_shard_size="500MB")
+        large.save_pretrained(folder / "large")  # in one file
         del large
         peaks = pool.map(peak, [(folder / "large", bits) for bits in (None, 4)], chunksize=1)
     figures["large_peak_4_bits_over_fp32"] = figure(peaks[1][0] / peaks[0][0], "ratio", "<= 0.5")
@@ -223,7 +218,7 @@ def chain(depth):
 def carried(model, states):
     """Seconds and blocks of passing all blocks as here: everything is carried from one to the next."""
     run = _Run(model, states, QDiffConfig(8, scale_method="max"), Settings(iters=0), {}, None)
-    units = find_units(model, run.probe, list(convertible(model, None)), "block")
+    units = find_units(model, run.probes(), list(convertible(model, None)), "block")
     start = time.perf_counter()
 
     class Bar:
@@ -285,7 +280,7 @@ SAYS = {
     r"file_(\w+)": r"A file of \1 has {} of the bytes of fp32.",
     "large_peak_4_bits_over_fp32": (
         "A network of Stable Diffusion 1.5's size, quantized to 4 bits while it loads, takes {} of the memory of fp32 "
-        "at most, pages of the file that the system can drop left out."
+        "at most, mapped pages of its file counted."
     ),
     "calibration_recomputed_over_carried": (
         "Two passes from the input for each block, the original's order, would take {} times as long as carrying "

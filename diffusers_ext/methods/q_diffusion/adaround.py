@@ -6,9 +6,16 @@ A weight w becomes `d (clamp(floor(w / d) + h(a) + z, 0, 2^b - 1) - z)`, `h(a) =
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
+
+from .layers import QuantLayer
+from .units import tensors_in
 
 __all__ = [
+    "LayerRounding",
     "hard_integers",
     "initial_alpha",
     "output_loss",
@@ -16,6 +23,7 @@ __all__ = [
     "rounding_penalty",
     "rounding_variable",
     "soft_weight",
+    "total_loss",
 ]
 
 ZETA, GAMMA = 1.1, -0.1
@@ -86,3 +94,44 @@ def output_loss(output: torch.Tensor, target: torch.Tensor, power: float = 2.0) 
     """
     channels = 1 if output.ndim in (4, 5) else -1
     return (output - target).abs().pow(power).sum(channels).mean()
+
+
+def total_loss(output: Any, target: Any, power: float) -> torch.Tensor:
+    """Returns the sum of the losses of a unit's outputs."""
+    outputs, targets = tensors_in(output), tensors_in(target)
+    losses = [output_loss(outputs[place], targets[place], power) for place in targets]
+    return torch.stack(losses).sum()
+
+
+class LayerRounding:
+    """The variables of one layer's rounding.
+
+    Args:
+        weight: the layer's own.
+        quantized: the layer with its grids, which gets the integers.
+    """
+
+    def __init__(self, weight: torch.Tensor, quantized: QuantLayer) -> None:
+        self.quantized, self.weight = quantized, weight.detach()
+        self.grids, self.alphas = [], []
+        for part, grid in quantized.parts():
+            step, zero = (quantized.column(value[grid]).to(self.weight) for value in quantized.grids())
+            self.grids.append((part, step, zero))
+            self.alphas.append(nn.Parameter(initial_alpha(self.weight[:, part], step)))
+
+    def soft(self) -> torch.Tensor:
+        """Returns the weight at the present rounding."""
+        parts = [
+            soft_weight(self.weight[:, part], step, zero, alpha, self.quantized.bits)
+            for (part, step, zero), alpha in zip(self.grids, self.alphas, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    @torch.no_grad()
+    def store(self) -> None:
+        """Decides each weight."""
+        parts = [
+            hard_integers(self.weight[:, part], step, zero, alpha, self.quantized.bits)
+            for (part, step, zero), alpha in zip(self.grids, self.alphas, strict=True)
+        ]
+        self.quantized.set_integers((parts[0] if len(parts) == 1 else torch.cat(parts, 1)).cpu())

@@ -82,6 +82,13 @@ class Calibration:
         counts = [batch_of(call) for call in self.calls]
         return {n: _joined([call.get(n) for call in self.calls], counts, n) for n in names}
 
+    def groups(self) -> list[Calibration]:
+        """Returns the calls in groups that can be joined, such as those of texts of one length."""
+        found: dict[Any, list[dict[str, Any]]] = {}
+        for call in self.calls:
+            found.setdefault(_kind(call, "", batch_of(call)), []).append(call)
+        return [Calibration(calls, self.model) for calls in found.values()]
+
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Calibration:
         """Reads what `collect_calibration` wrote.
@@ -125,6 +132,23 @@ def is_per_sample(value: Any, name: str, batch: int) -> bool:
     if isinstance(value, torch.Tensor):
         return value.ndim > 0 and len(value) == batch and name.split(".")[-1] not in SHARED
     return isinstance(value, list) and len(value) == batch
+
+
+def _kind(value: Any, name: str, batch: int) -> Any:
+    """Returns what calls must have in common to be joined: the shape of what is a sample's, and what samples share."""
+    if isinstance(value, dict):
+        return tuple((key, _kind(inner, key, batch)) for key, inner in sorted(value.items()))
+    if name in TIMES:
+        return name
+    if is_per_sample(value, name, batch):
+        return (name, *value.shape[1:]) if isinstance(value, torch.Tensor) else name
+    return _described(value)
+
+
+def _for_each(value: Any, name: str, batch: int) -> Any:
+    """Gives each sample its own copy of what a pipeline passes once for all of them, such as a negative prompt."""
+    alone = isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == 1
+    return value.expand(batch, *value.shape[1:]) if alone and name not in SHARED else value
 
 
 def _joined(values: list[Any], counts: list[int], name: str) -> Any:
@@ -266,7 +290,7 @@ class _prepared:
 
 def _described(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        return hashlib.sha256(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        return hashlib.sha256(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
     return repr(value)
 
 
@@ -321,7 +345,8 @@ def _recorded(pipeline: Any, network: Any, arguments: dict[str, Any]) -> list[di
     def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = signature.bind(*args, **kwargs).arguments
         bound = {**{k: v for k, v in bound.items() if k != more}, **bound.get(more or "", {})}
-        calls.append({k: _to_cpu(v) for k, v in bound.items() if v is not None and k not in ignored})
+        call = {k: _to_cpu(v) for k, v in bound.items() if v is not None and k not in ignored}
+        calls.append({k: _for_each(v, k, batch_of(call)) for k, v in call.items()})
 
     handle = network.register_forward_pre_hook(record, with_kwargs=True)
     try:

@@ -71,6 +71,11 @@ class QDiffusionConfig:
     iters: int = described("Updates of the rounding for each unit; 0 rounds to nearest.", 2000, "optimisation")
     learning_rate: float = described("Of the rounding.", 1e-2, "optimisation")
     act_iters: int = described("Updates of the steps of activations.", 500, "optimisation")
+    act_momentum: float | None = described(
+        "Of running ranges of activations over all states, 0.95 in the original; else they are of 64 states.",
+        None,
+        "optimisation",
+    )
     train_batch_size: int = described("States in an update.", 32, "optimisation")
     seed: int = described("Of the samples and of the updates.", 0, "optimisation")
     device: str = described("Where it runs.", "cpu", "optimisation")
@@ -104,6 +109,8 @@ class QDiffusionConfig:
             require(getattr(self, name) >= least, name, getattr(self, name), f"an integer >= {least}")
         require(self.num_evaluation_images != 1, "num_evaluation_images", 1, "0 or at least 2")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a number > 0")
+        momentum = self.act_momentum
+        require(momentum is None or 0 < momentum < 1, "act_momentum", momentum, "a number in (0, 1)")
         most = f"at most the {self.num_inference_steps} `num_inference_steps`"
         require(self.num_timesteps <= self.num_inference_steps, "num_timesteps", self.num_timesteps, most)
         for name in ("original_checkpoint", "prompts", "train_data_dir"):
@@ -186,6 +193,7 @@ def quantize_pipeline(config: QDiffusionConfig) -> Path:
             batch_size=config.train_batch_size,
             granularity=config.granularity,
             seed=config.seed,
+            act_momentum=config.act_momentum,
             output_dir=cache / "units",
         )
     held_out = collect_calibration(

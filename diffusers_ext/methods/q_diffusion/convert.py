@@ -33,7 +33,7 @@ DDIM = [
     (r"up\.(\d+)\.upsample\.conv", "up_blocks.{n}.upsamplers.0.conv"),
     (r"norm_out", "conv_norm_out"),
 ]
-DDIM_ENDS = {
+ENDS = {
     "resnets": {"temb_proj": "time_emb_proj", "nin_shortcut": "conv_shortcut"},
     "attentions": {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"},
 }
@@ -49,8 +49,9 @@ def convert_qdiffusion_checkpoint(checkpoint: str | os.PathLike, model: Any, con
     factors are left out.
 
     Args:
-        checkpoint: the `ckpt.pth` of `sample_diffusion_ddim.py` (for a `UNet2DModel`), or that of a latent or Stable
-            Diffusion model with spatial transformers (for a `UNet2DConditionModel`).
+        checkpoint: the `ckpt.pth` of `sample_diffusion_ddim.py` or of `sample_diffusion_ldm.py` for a model without
+            conditions (for a `UNet2DModel`), or that of a latent or Stable Diffusion model with spatial transformers
+            (for a `UNet2DConditionModel`).
         model: of the same architecture; its weights are not used, and it stays as it is.
         config: the bits that the checkpoint was made with, `act_symmetric` included.
 
@@ -71,7 +72,7 @@ def convert_qdiffusion_checkpoint(checkpoint: str | os.PathLike, model: Any, con
             f"`checkpoint` must be a file of tensors that loads with `weights_only=True`, got {str(checkpoint)!r}: "
             f"{error}"
         ) from error
-    state = {name.removeprefix("model."): value for name, value in state.items()}
+    state = _split_qkv({name.removeprefix("model."): value for name, value in state.items()}, model)
     learned = {
         name.removesuffix(".weight_quantizer.alpha") for name in state if name.endswith("weight_quantizer.alpha")
     }
@@ -135,6 +136,21 @@ def _fill(
         quantized.act_scale, quantized.act_zero_point = torch.stack(scales), torch.stack(zeros).to(torch.uint8)
 
 
+def _split_qkv(state: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    """Takes query, key and value apart, which latent diffusion's own attention makes by one layer, head by head."""
+    head, found = getattr(model.config, "attention_head_dim", None), {}
+    for name, value in state.items():
+        before, one, last = name.partition(".qkv.")
+        if not one:
+            found[name] = value
+            continue
+        heads = len(value) // 3 // head if head and value.ndim else 1
+        for i, part in enumerate("qkv"):
+            own = value if "act_quantizer" in last else value.unflatten(0, (heads, 3, -1))[:, i].flatten(0, 1)
+            found[f"{before}.{part}.{last}"] = own
+    return found
+
+
 def _names(plain: dict[str, torch.Tensor], model: Any) -> dict[str, str]:
     """Returns, by name in the Diffusers model, the name in the checkpoint."""
     if any(name.startswith("input_blocks.") for name in plain):
@@ -143,9 +159,19 @@ def _names(plain: dict[str, torch.Tensor], model: Any) -> dict[str, str]:
         given = {f"model.diffusion_model.{name}": value for name, value in plain.items()}
         by_tensor = {id(value): name for name, value in plain.items()}
         renamed = convert_ldm_unet_checkpoint(given, dict(model.config))
-        return {name: by_tensor[id(value)] for name, value in renamed.items() if id(value) in by_tensor}
+        names = {name: by_tensor[id(value)] for name, value in renamed.items() if id(value) in by_tensor}
+        if any("transformer_blocks" in name for name in names):
+            return names
+        return {_attention_name(name): source for name, source in names.items()}
     levels = len(model.config.block_out_channels)
     return {_ddim_name(name, levels): name for name in plain}
+
+
+def _attention_name(name: str) -> str:
+    """Returns the place of a layer of attention, under its old name, in an `Attention`."""
+    layer, _, last = name.rpartition(".")
+    above, _, own = layer.rpartition(".")
+    return f"{above}.{ENDS['attentions'].get(own, own)}.{last}" if ".attentions." in name else name
 
 
 def _ddim_name(name: str, levels: int) -> str:
@@ -156,8 +182,8 @@ def _ddim_name(name: str, levels: int) -> str:
         if "{n}" in place:
             place = place.replace("{n}", str(levels - 1 - int(match[1])))
         begin, end = match.expand(place), name[match.end() + 1 :]
-        kind = next((kind for kind in DDIM_ENDS if f".{kind}." in begin), None)
+        kind = next((kind for kind in ENDS if f".{kind}." in begin), None)
         layer, _, last = end.rpartition(".")
-        layer = DDIM_ENDS[kind].get(layer, layer) if kind else layer
+        layer = ENDS[kind].get(layer, layer) if kind else layer
         return ".".join(word for word in (begin, layer, last) if word)
     return name

@@ -23,6 +23,7 @@ from .packing import pack_int4, unpack_int4
 
 __all__ = [
     "ConvShape",
+    "channels_first",
     "cpu_name",
     "exact_kernel",
     "int8_conv2d",
@@ -36,18 +37,48 @@ __all__ = [
 ]
 
 TOLERANCE, REPEATS, LARGEST = 1e-4, 9, 16  # LARGEST: pixels a side of what is compared with exact integers
+MANTISSA = 2**23
 Shape = tuple[Any, ...]
 ConvShape = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]  # stride, padding, dilation, groups
 
 
+def _shifted(x: torch.Tensor, step: float, zero: int) -> torch.Tensor:
+    """Returns integers of activations, 0..255, plus 2^23, at which floats are integers: the sum rounds by itself."""
+    shift = torch.tensor(float(MANTISSA + zero), device=x.device)
+    return torch.add(shift, x, alpha=1 / step).clamp_(MANTISSA, MANTISSA + 255)
+
+
 def to_uint8(x: torch.Tensor, step: float, zero: int) -> torch.Tensor:
-    """Returns the integers of activations, rounded as `quantize` rounds them, without a copy in between."""
-    return (x / step).round_().add_(zero).clamp_(0, 255).to(torch.uint8)
+    """Returns the integers of fp32 activations, rounded to nearest, with few passes over memory."""
+    return _shifted(x, step, zero).view(torch.int32).to(torch.uint8)  # they are the lowest bits
 
 
 def rounded_activations(x: torch.Tensor, step: float, zero: int) -> torch.Tensor:
-    """Returns activations as they come back from their integers, without a copy in between."""
-    return (x / step).round_().add_(zero).clamp_(0, 255).sub_(zero).mul_(step)
+    """Returns fp32 activations as they come back from the integers of `to_uint8`."""
+    return _shifted(x, step, zero).sub_(MANTISSA + zero).mul_(step)
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """Returns images with channels last in memory: what `contiguous` does, several times as fast."""
+    if not x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return x.contiguous(memory_format=torch.channels_last)
+    batch, channels, height, width = x.shape
+    return _transposed(x, channels).view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def channels_first(x: torch.Tensor) -> torch.Tensor:
+    """Undoes `channels_last`."""
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return x.contiguous()
+    batch, channels, height, width = x.shape
+    return _transposed(x.permute(0, 2, 3, 1), height * width).view(x.shape)
+
+
+def _transposed(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """Transposes, in each entry of a contiguous batch, a matrix of so many rows, by the one operator that is fast."""
+    size = x[0].numel()
+    pixels = x.as_strided((len(x), size, 1, 1), (size, 1, size, size))  # a picture of one pixel, channels last
+    return F.channel_shuffle(pixels, rows).as_strided((len(x), size), (size, 1))
 
 
 def pack_conv2d(
@@ -94,20 +125,26 @@ def int8_conv2d(
     Returns:
         `(batch, out, height, width)` fp32.
     """
-    none = torch.zeros(len(scale), dtype=torch.int64)
-    q = q.contiguous(memory_format=torch.channels_last)
+    none = _no_zero_points(len(scale))
     post = (1.0, 0, torch.float32, "none", [], "")
-    return torch.ops.onednn.qconv2d_pointwise(q, step, zero, packed, scale, none, bias, *_window(options), *post)
+    return torch.ops.onednn.qconv2d_pointwise(
+        channels_last(q), step, zero, packed, scale, none, bias, *_window(options), *post
+    )
 
 
 def int8_linear(
     q: torch.Tensor, step: float, zero: int, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Multiplies integers, `(..., in)` uint8, by a weight of `pack_linear`; see `int8_conv2d`."""
-    rows, none = q.reshape(-1, q.shape[-1]), torch.zeros(len(scale), dtype=torch.int64)
+    rows, none = q.reshape(-1, q.shape[-1]), _no_zero_points(len(scale))
     post = (1.0, 0, torch.float32, "none", [], "")
     output = torch.ops.onednn.qlinear_pointwise(rows, step, zero, packed, scale, none, bias, *post)
     return output.reshape(*q.shape[:-1], len(scale))
+
+
+@functools.cache
+def _no_zero_points(channels: int) -> torch.Tensor:
+    return torch.zeros(channels, dtype=torch.int64)
 
 
 def _window(options: ConvShape) -> list[Any]:
@@ -181,13 +218,14 @@ def cpu_name() -> str:
     return " ".join([found, *units, limit]).strip()
 
 
+@functools.cache
 def exact_kernel(op: str, shape: Shape, max_abs_weight: int) -> bool:
     """Returns whether the integer kernel is right for a weight, which is found out once; see `kernel_is_exact`."""
-    place = json.dumps(["exact", op, shape[0], shape[2:], max_abs_weight])
-    return _answer(place, lambda: "yes" if kernel_is_exact(op, shape, max_abs_weight) else "no") == "yes"
+    question = ("exact", op, shape[0], shape[2:], max_abs_weight)
+    return _answer(question, lambda: "yes" if kernel_is_exact(op, shape, max_abs_weight) else "no") == "yes"
 
 
-def select_kernel(op: str, shape: Shape, max_abs_weight: int, packed: bool = False) -> str:
+def select_kernel(op: str, shape: Shape, max_abs_weight: int, packed: bool = False, split: int = 0) -> str:
     """Says how a layer is computed best at a shape: `"int8"` if that is right and faster, else `"dequantize"`.
 
     The answer is kept in this process and on disk (`diffusers_ext/kernels.json` in `HF_HOME`), by processor, number of
@@ -199,6 +237,7 @@ def select_kernel(op: str, shape: Shape, max_abs_weight: int, packed: bool = Fal
             up to the next power of two share an answer.
         max_abs_weight: the largest integer `|q - z|` that weights can have.
         packed: weights are stored two in a byte.
+        split: channels of the input, from the first, that have a grid of their own; 0 for one grid.
 
     Raises:
         ValueError: `op` is none of these.
@@ -210,18 +249,23 @@ def select_kernel(op: str, shape: Shape, max_abs_weight: int, packed: bool = Fal
     """
     if op not in ("conv2d", "linear"):
         raise ValueError(f"`op` must be one of ['conv2d', 'linear'], got {op!r}.")
+    return _selected(op, shape, max_abs_weight, packed, split, torch.get_num_threads())
+
+
+@functools.cache  # each layer asks in each call
+def _selected(op: str, shape: Shape, max_abs_weight: int, packed: bool, split: int, threads: int) -> str:
     batch = shape[1][0] if op == "conv2d" else math.prod(shape[1][:-1])
     inner = tuple(shape[1][1:]) if op == "conv2d" else (shape[1][-1],)
     shape = (tuple(shape[0]), (1 << max(batch - 1, 0).bit_length(), *inner), *shape[2:])
 
     def fastest() -> str:
-        times = _times(op, shape, max_abs_weight, packed) if exact_kernel(op, shape, max_abs_weight) else {}
+        times = _times(op, shape, max_abs_weight, packed, split) if exact_kernel(op, shape, max_abs_weight) else {}
         return min(times, key=times.__getitem__, default="dequantize")
 
-    return _answer(json.dumps([op, shape, max_abs_weight, packed]), fastest)
+    return _answer((op, shape, max_abs_weight, packed, split), fastest)
 
 
-def _times(op: str, shape: Shape, max_abs_weight: int, packed: bool) -> dict[str, float]:
+def _times(op: str, shape: Shape, max_abs_weight: int, packed: bool, split: int) -> dict[str, float]:
     """Times both ways in turn and returns the least seconds of each: what other work on the machine disturbs least."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape[1], generator=generator)
@@ -229,26 +273,36 @@ def _times(op: str, shape: Shape, max_abs_weight: int, packed: bool) -> dict[str
     stored = pack_int4(weight.clamp(0, 15)) if packed else weight.to(torch.int8)
     scale, length = torch.rand(len(weight), generator=generator), weight[0].numel()
     column = scale.view(-1, *[1] * (weight.ndim - 1))
-    step, zero = 0.02, 128
+    step, zero, conv = 0.02, 128, op == "conv2d"
+    parts = [slice(split), slice(split, None)] if split else [slice(None)]
 
     def unpacked() -> torch.Tensor:
         return unpack_int4(stored, length).view(shape[0]) if packed else stored
 
-    if op == "linear":
-        ready = pack_linear(unpacked().to(torch.int8), math.prod(shape[1][:-1]))
-    else:
-        ready = pack_conv2d(unpacked().to(torch.int8), scale, step, zero, shape[2], shape[1])
+    def inputs() -> list[torch.Tensor]:
+        return [x[:, part] if conv else x[..., part] for part in parts]
+
+    def prepared(own: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+        if conv:
+            return pack_conv2d(of.contiguous(), scale, step, zero, shape[2], own.shape)
+        return pack_linear(of.contiguous(), math.prod(own.shape[:-1]))
+
+    given = unpacked().to(torch.int8)
+    ready = [prepared(own, given[:, part]) for own, part in zip(inputs(), parts, strict=True)]
 
     def integers() -> torch.Tensor:
-        q = to_uint8(x, step, zero)
-        if op == "linear":
-            return int8_linear(q, step, zero, ready, scale, None)
-        return int8_conv2d(q, step, zero, ready, scale, None, shape[2]).contiguous()
+        found = []
+        for own, packed_weight in zip(inputs(), ready, strict=True):
+            same = (to_uint8(own, step, zero), step, zero, packed_weight, scale, None)
+            found.append(int8_conv2d(*same, shape[2]) if conv else int8_linear(*same))
+        output = found[0] if len(found) == 1 else found[0].add_(found[1])
+        return channels_first(output) if conv else output
 
     def floats() -> torch.Tensor:
-        rounded = rounded_activations(x, step, zero)
+        rounded = [rounded_activations(own, step, zero) for own in inputs()]
+        joined = rounded[0] if len(rounded) == 1 else torch.cat(rounded, 1 if conv else -1)
         made = unpacked().to(x.dtype).mul_(column)
-        return F.linear(rounded, made) if op == "linear" else F.conv2d(rounded, made, None, *shape[2])
+        return F.conv2d(joined, made, None, *shape[2]) if conv else F.linear(joined, made)
 
     times: dict[str, list[float]] = {"int8": [], "dequantize": []}
     with torch.no_grad():
@@ -261,27 +315,22 @@ def _times(op: str, shape: Shape, max_abs_weight: int, packed: bool) -> dict[str
     return {name: min(values) for name, values in times.items()}
 
 
-def _answer(question: str, find: Callable[[], str]) -> str:
-    """Returns what is known, else finds it out and keeps it; what other processes wrote stays."""
-    machine = json.dumps([cpu_name(), torch.get_num_threads(), torch.__version__])
-    known = _known(machine)
-    if question not in known:
-        known[question] = find()
-        everything = _read()
-        everything.setdefault(machine, {}).update(known)
-        partial = _file().with_suffix(f".{os.getpid()}.tmp")
-        try:
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(everything, indent=1))
-            os.replace(partial, _file())
-        except OSError:  # a home that cannot be written: each process finds out for itself
-            pass
-    return known[question]
-
-
-@functools.cache
-def _known(machine: str) -> dict[str, str]:
-    return _read().get(machine, {})
+def _answer(question: tuple[Any, ...], find: Callable[[], str]) -> str:
+    """Returns the answer that is on disk, else finds it out and puts it there; what other processes wrote stays."""
+    machine, asked = json.dumps([cpu_name(), torch.get_num_threads(), torch.__version__]), json.dumps(question)
+    known = _read().get(machine, {})
+    if asked in known:
+        return known[asked]
+    answer, everything = find(), _read()
+    everything.setdefault(machine, {})[asked] = answer
+    partial = _file().with_suffix(f".{os.getpid()}.tmp")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(everything, indent=1))
+        os.replace(partial, _file())
+    except OSError:  # a home that cannot be written: each process finds out for itself
+        pass
+    return answer
 
 
 def _read() -> dict[str, dict[str, str]]:

@@ -14,6 +14,7 @@ from .config import QDiffConfig
 from .grids import ScaleMethod, fake_quantize, quantization_grid, quantize
 from .kernels import (
     ConvShape,
+    channels_first,
     exact_kernel,
     int8_conv2d,
     int8_linear,
@@ -162,17 +163,17 @@ class QuantLayer(nn.Module):
         if not self.packed:
             return self.qweight
         assert self.weight_zero_point is not None
-        q = unpack_int4(self.qweight, math.prod(self.weight_shape[1:])).view(self.weight_shape).to(torch.int8)
-        zero = self.weight_zero_point.to(torch.int8)
+        q = unpack_int4(self.qweight, math.prod(self.weight_shape[1:])).view(self.weight_shape).view(torch.int8)
+        zero = self.weight_zero_point.view(torch.int8)
         for part, grid in self.parts():
-            q[:, part] -= self.column(zero[grid])
+            q[:, part].sub_(self.column(zero[grid]))
         return q
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Returns the weight, `(q - z) d`."""
         weight = self.integers().float()
         for part, grid in self.parts():
-            weight[:, part] *= self.column(self.weight_scale[grid])
+            weight[:, part].mul_(self.column(self.weight_scale[grid]))
         return weight.to(dtype)
 
     def kernel(self, x: torch.Tensor) -> str:
@@ -185,7 +186,7 @@ class QuantLayer(nn.Module):
             return "dequantize"
         shape = (self.weight_shape, tuple(x.shape), *self.options())
         if self.compute == "auto":
-            return select_kernel(self.op, shape, self.max_abs_weight, self.packed)
+            return select_kernel(self.op, shape, self.max_abs_weight, self.packed, self.split)
         if not exact_kernel(self.op, shape, self.max_abs_weight):
             raise _inexact(self.bits)
         return "int8"
@@ -220,29 +221,28 @@ class QuantLayer(nn.Module):
         """Returns the input as it comes back from its integers; gradients pass as if it had not been rounded."""
         if self.act_scale is None or self.act_zero_point is None:
             return x
-        found = []
+        found, grids = [], self.act_grids() if _is_plain(x) else None
         for i, (part, _) in enumerate(self.parts()):
             own = self.channels(x, part).float()
-            if _is_plain(x):
-                own = rounded_activations(own, *self.act_grid(i))
+            if grids is not None:
+                own = rounded_activations(own, *grids[i])
             else:
                 step, zero = self.act_scale[i], self.act_zero_point[i].float()
                 own = own + (fake_quantize(own, step, zero, ACT_BITS) - own).detach()
             found.append(own.to(x.dtype))
         return found[0] if len(found) == 1 else torch.cat(found, -1 if self.op == "linear" else 1)
 
-    def act_grid(self, part: int) -> tuple[float, int]:
-        """Returns step and zero point of a part of the input."""
+    def act_grids(self) -> list[tuple[float, int]]:
+        """Returns step and zero point of each part of the input."""
         assert self.act_scale is not None
         assert self.act_zero_point is not None
-        return float(self.act_scale[part]), int(self.act_zero_point[part])
+        return list(zip(self.act_scale.tolist(), self.act_zero_point.tolist(), strict=True))
 
     def integer_forward(self, x: torch.Tensor) -> torch.Tensor:
         """Computes with integers, whatever is faster or right."""
         bias = None if self.bias is None else self.bias.float()
         output: torch.Tensor | None = None
-        for i, (part, grid) in enumerate(self.parts()):
-            step, zero = self.act_grid(i)
+        for i, ((part, grid), (step, zero)) in enumerate(zip(self.parts(), self.act_grids(), strict=True)):
             q = to_uint8(self.channels(x, part).float(), step, zero)
             scale = self.weight_scale[grid].contiguous()
             if f"kernel_weight_{i}" not in self._buffers:
@@ -253,7 +253,7 @@ class QuantLayer(nn.Module):
         assert output is not None
         output = output.to(x.dtype)
         # Kernels leave channels last, in which the normalisation that follows would be slower than the kernel is fast.
-        return output.contiguous() if x.is_contiguous() else output
+        return channels_first(output) if x.ndim == 4 and x.is_contiguous() else output
 
     def pack(self, weight: torch.Tensor, scale: torch.Tensor, step: float, zero: int, q: torch.Tensor) -> torch.Tensor:
         """Returns an int8 weight in the kernel's order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,38 +10,58 @@ from torch import nn
 
 from .attention import PARTS, QDiffAttnProcessor
 from .config import QDiffConfig
-from .grids import SMALLEST, quantization_grid
+from .grids import SMALLEST, ScaleMethod, quantization_grid
 
 __all__ = ["ActPoint", "LearningAttnProcessor", "watch_inputs"]
 
 
 class ActPoint(nn.Module):
-    """One static grid. It is found from the first tensor that passes, and then learned.
+    """One static grid. It is found from the first tensors that pass, and then learned.
 
     Args:
         config: how the range is found.
         bits: of the grid.
         zero_at_0: for what is never negative.
+
+    Attributes:
+        stop: while ranges are found, called with the point and what passes it, returns that rounded; see `observe`.
     """
 
     def __init__(self, config: QDiffConfig, bits: int = 8, zero_at_0: bool = False) -> None:
         super().__init__()
         self.config, self.bits, self.zero_at_0 = config, bits, zero_at_0
         self.step, self.zero = nn.Parameter(torch.ones(())), torch.zeros(())
+        self.range: torch.Tensor | None = None
         self.found = False
+        self.stop: Callable[[ActPoint, torch.Tensor], torch.Tensor] | None = None
+
+    def observe(self, tensors: list[torch.Tensor], momentum: float | None = None) -> list[torch.Tensor]:
+        """Finds the grid of the first tensors, and moves its range towards that of later ones; returns them rounded.
+
+        Args:
+            tensors: one batch, in parts.
+            momentum: share of the old range, once there is one, in the running average of least and largest values.
+        """
+        x = torch.cat([tensor.flatten() for tensor in tensors])
+        own = torch.stack([x.amin(), x.amax()])
+        if self.range is None:
+            self.range = own
+            self._take(x, self.config.scale_method)
+        elif momentum is not None:
+            self.range = momentum * self.range + (1 - momentum) * own
+            self._take(self.range, "max")
+        return [self._rounded(tensor) for tensor in tensors]
+
+    def _take(self, x: torch.Tensor, method: ScaleMethod) -> None:
+        symmetric = self.config.act_symmetric and not self.zero_at_0
+        step, self.zero = quantization_grid(x, self.bits, method, symmetric, zero_at_0=self.zero_at_0)
+        self.step.data, self.found = step, True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns x rounded, differentiable in x and, where it is not clipped, by straight-through, in the step."""
-        if not self.found:
-            symmetric = self.config.act_symmetric and not self.zero_at_0
-            step, self.zero = quantization_grid(
-                x,
-                self.bits,
-                self.config.scale_method,
-                symmetric,
-                zero_at_0=self.zero_at_0,  # type: ignore[arg-type]
-            )
-            self.step.data, self.found = step, True
+        return self._rounded(x) if self.stop is None else self.stop(self, x)
+
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         scaled = x / self.step.clamp(min=SMALLEST)
         rounded = scaled + (scaled.round() - scaled).detach()
         q = (rounded + self.zero).clamp(0, 2**self.bits - 1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from diffusers.quantizers.base import DiffusersQuantizer
+from safetensors import safe_open
 from torch import nn
 
 from .attention import QDiffAttnProcessor, use_quantized_attention
@@ -104,6 +106,7 @@ class QDiffQuantizer(DiffusersQuantizer):
     """
 
     quantization_config: QDiffConfig
+    _files: Mapping[str, str] = MappingProxyType({})  # by name of a value, the file that holds it
 
     @property
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -164,6 +167,25 @@ class QDiffQuantizer(DiffusersQuantizer):
         owner, name = self._place(model, param_name)
         return isinstance(owner, QuantLayer | QDiffAttnProcessor) and name != "bias"
 
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """Notes which file holds which value; changes nothing."""
+        self._files = {}
+        for path in (path for path in checkpoint_files or [] if str(path).endswith(".safetensors")):
+            with safe_open(path, framework="pt") as file:
+                self._files |= dict.fromkeys(file.keys(), path)
+        return loaded_keys
+
+    def _value(self, name: str, state_dict: dict[str, Any]) -> torch.Tensor:
+        """Returns a value as the file has it.
+
+        The loader's file is mapped until all of it is loaded, and what was read of it stays in memory. Read by itself,
+        a value goes as soon as it is rounded.
+        """
+        if name not in self._files:
+            return state_dict[name]
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
     def create_quantized_param(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         model: Any,
@@ -176,7 +198,7 @@ class QDiffQuantizer(DiffusersQuantizer):
     ) -> None:
         """Stores a value of the file, which the loader's own copy may have rounded to the model's dtype."""
         owner, name = self._place(model, param_name)
-        value = state_dict[param_name].to(target_device)
+        value = self._value(param_name, state_dict).to(target_device)
         if name == "weight":
             assert isinstance(owner, QuantLayer)
             for key, buffer in owner._buffers.items():

@@ -18,14 +18,15 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.rng import mix
 
-from .adaround import hard_integers, initial_alpha, output_loss, rounding_penalty, soft_weight
+from .adaround import LayerRounding, rounding_penalty, total_loss
 from .attention import QDiffAttnProcessor, attention_layers, takes_processor
-from .calibration import Calibration, claim, fingerprint, is_per_sample
+from .calibration import Calibration, claim, fingerprint
 from .config import QDiffConfig
+from .in_step import InStep
 from .layers import QuantLayer, check_compute, quantized_layer
 from .points import ActPoint, LearningAttnProcessor, watch_inputs
 from .quantizer import QDiffQuantizer, convertible, mark_quantized, splits_for
-from .units import Unit, carry, find_units, in_chunks, joined, rows_of, tensors_in
+from .units import Unit, carry, find_units, in_chunks, joined, rows_of, selected, tensors_in, within_groups
 
 __all__ = ["quantize_model"]
 
@@ -45,13 +46,15 @@ def quantize_model(
     batch_size: int = 32,
     granularity: str = "block",
     seed: int = 0,
+    act_momentum: float | None = None,
     output_dir: str | os.PathLike | None = None,
 ) -> Any:
     """Quantizes a model, with rounding that is learned on what it sees while sampling (sections 3, 4 of 2302.04304).
 
     Block by block, in the order of their calls, each weight is rounded up or down so that the block's output, from the
     input that the quantized blocks before it give, stays that of the original block. Then, with `act_bits`, the steps
-    of activations are learned likewise. Every block is passed once by all states: the cost is linear in depth.
+    of activations are learned likewise, and the last layer's bias takes what is constant in the output's error. Every
+    block is passed once by all states: the cost is linear in depth.
 
     Args:
         model: a UNet or transformer of Diffusers; it stays as it is, and what is returned is a new one.
@@ -63,6 +66,9 @@ def quantize_model(
         batch_size: states in an update.
         granularity: `"block"` (resnets, attention and transformer blocks, then single layers) or `"layer"`.
         seed: of the order of states.
+        act_momentum: makes ranges of activations running averages of the least and largest values, over all states in
+            batches, with so much of the old one in each; the original's `running_stat` has 0.95. `None` takes ranges
+            of 64 states.
         output_dir: folder where each finished unit is stored. A run that was stopped goes on there, and ends in the
             same bits as one that was not.
 
@@ -77,13 +83,13 @@ def quantize_model(
         >>> unet = quantize_model(pipe.unet, calibration, QDiffConfig(4, act_bits=8))  # doctest: +SKIP
         >>> unet.save_pretrained("unet-w4a8")  # doctest: +SKIP
     """
-    _check(model, calibration, config, iters, lr, act_iters, batch_size, granularity)
+    settings = Settings(iters, lr, act_iters, batch_size, granularity, seed, act_momentum)
+    _check(model, calibration, config, settings)
     if len(calibration.timesteps) < 2:
         raise ValueError(
             f"`calibration` must hold states of several timesteps, got those of {calibration.timesteps} only: a model "
             "rounded for one is wrong at others."
         )
-    settings = Settings(iters, lr, act_iters, batch_size, granularity, seed)
     return calibrated(model, calibration, config, settings, None if output_dir is None else Path(output_dir))
 
 
@@ -97,29 +103,25 @@ class Settings:
     batch_size: int = 32
     granularity: str = "block"
     seed: int = 0
+    act_momentum: float | None = None
 
 
-def _check(
-    model: Any,
-    calibration: Any,
-    config: Any,
-    iters: int,
-    lr: float,
-    act_iters: int,
-    batch_size: int,
-    granularity: str,
-) -> None:
+def _check(model: Any, calibration: Any, config: Any, settings: Settings) -> None:
     if not isinstance(calibration, Calibration):
         raise ValueError(f"`calibration` must be a `Calibration`, got {type(calibration).__name__}.")
     if not isinstance(config, QDiffConfig):
         raise ValueError(f"`config` must be a `QDiffConfig`, got {type(config).__name__}.")
-    for name, value, least in (("iters", iters, 0), ("act_iters", act_iters, 0), ("batch_size", batch_size, 1)):
+    for name, least in (("iters", 0), ("act_iters", 0), ("batch_size", 1)):
+        value = getattr(settings, name)
         if not isinstance(value, int) or value < least:
             raise ValueError(f"`{name}` must be an integer >= {least}, got {value!r}.")
-    if not lr > 0:
-        raise ValueError(f"`lr` must be a number > 0, got {lr!r}.")
+    granularity, momentum = settings.granularity, settings.act_momentum
+    if not settings.lr > 0:
+        raise ValueError(f"`lr` must be a number > 0, got {settings.lr!r}.")
     if granularity not in ("block", "layer"):
         raise ValueError(f"`granularity` must be one of ['block', 'layer'], got {granularity!r}.")
+    if momentum is not None and not 0 < momentum < 1:
+        raise ValueError(f"`act_momentum` must be a number in (0, 1) or None, got {momentum!r}.")
     check_compute(config)
     if config.quantize_attention and granularity != "block":
         raise ValueError(f"`granularity` must be 'block' with `quantize_attention`, got {granularity!r}.")
@@ -148,7 +150,7 @@ def calibrated(
     model.eval()
     try:
         run = _Run(model, calibration, config, settings, splits, folder)
-        units = find_units(model, run.probe, list(layers), settings.granularity)
+        units = find_units(model, run.probes(), list(layers), settings.granularity)
         passes = [WEIGHTS] + [ACTIVATIONS] * (config.act_bits is not None)
         with tqdm(total=len(units) * len(passes), desc="quantizing", unit="unit") as bar:
             for kind in passes:
@@ -180,26 +182,17 @@ class _Run:
         folder: Path | None,
     ) -> None:
         self.model, self.config, self.settings, self.splits, self.folder = model, config, settings, splits, folder
-        self.arguments, self.count = calibration.arguments(), len(calibration)
+        groups = calibration.groups()
+        self.groups, self.counts = [group.arguments() for group in groups], [len(group) for group in groups]
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
         self.quantized: dict[str, QuantLayer] = {}
         self.attention: dict[str, dict[str, torch.Tensor]] = {}
+        self.lacking: dict[str, torch.Tensor] = {}  # what the bias of the last layer lacks, by name
+        self.last = 0
 
-    def select(self, states: Any) -> dict[str, Any]:
-        """Returns the arguments of the model for some of the states."""
-
-        def taken(value: Any, name: str) -> Any:
-            if isinstance(value, dict):
-                return {k: taken(v, f"{name}.{k}") for k, v in value.items()}
-            if not is_per_sample(value, name, self.count):
-                return value
-            return [value[i] for i in states] if isinstance(value, list) else value[list(states)]
-
-        return {name: taken(value, name) for name, value in self.arguments.items()}
-
-    def probe(self, count: int) -> dict[str, Any]:
-        """Returns the arguments for a few states, as the model takes them."""
+    def probes(self) -> list[Callable[[int], dict[str, Any]]]:
+        """Returns, for each group, what gives the arguments for a few states, as the model takes them."""
 
         def placed(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
@@ -208,7 +201,10 @@ class _Run:
                 return {k: placed(v) for k, v in value.items()}
             return [placed(v) for v in value] if isinstance(value, list) else value
 
-        return placed(self.select([i % self.count for i in range(count)]))
+        def probe(arguments: dict[str, Any], count: int) -> Callable[[int], dict[str, Any]]:
+            return lambda few: placed(selected(arguments, count, [i % count for i in range(few)]))
+
+        return [probe(*group) for group in zip(self.groups, self.counts, strict=True)]
 
     def take(self, units: list[Unit], kind: str, bar: Any) -> None:
         """Carries all states through the model, original and quantized side by side, and learns each unit."""
@@ -218,34 +214,66 @@ class _Run:
                 return value.float() if value.is_floating_point() else value
             return {k: doubled(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-        arguments = doubled(self.select([*range(self.count), *range(self.count)]))
-        order = {unit.name: i for i, unit in enumerate(units)}
+        twice = [
+            doubled(selected(arguments, count, [*range(count), *range(count)]))
+            for arguments, count in zip(self.groups, self.counts, strict=True)
+        ]
+        order, self.last = {unit.name: i for i, unit in enumerate(units)}, len(units) - 1
 
-        def visit(unit: Unit, call: Any, times: int) -> Any:
+        def visit(unit: Unit, calls: list[Any], times: int) -> list[Any]:
             if times == 0:
                 bar.set_postfix_str(unit.name, refresh=False)
-            output = self._unit(unit, order[unit.name], call, kind, learn=times == 0)
+            outputs = self._unit(unit, order[unit.name], calls, kind, learn=times == 0)
             bar.update(times == 0)
-            return output
+            return outputs
 
-        carry(self.model, units, arguments, visit)
+        carry(self.model, units, twice, visit)
 
-    def _unit(self, unit: Unit, index: int, call: Any, kind: str, learn: bool) -> Any:
+    def _unit(self, unit: Unit, index: int, calls: list[Any], kind: str, learn: bool) -> list[Any]:
         """Learns a unit where it is met first, and returns the outputs of the original and of the quantized one."""
         work = copy.deepcopy(self.model.get_submodule(unit.name)).to(self.device, torch.float32).requires_grad_(False)
-        halves = [rows_of(unit, call, slice(0, self.count)), rows_of(unit, call, slice(self.count, None))]
-        target = in_chunks(work, unit, halves[0], self.count, self.device)
+
+        def half(states: Callable[[int], slice]) -> list[Any]:
+            return [rows_of(c, states(n), 2 * n, unit.per_state) for c, n in zip(calls, self.counts, strict=True)]
+
+        def outputs(given: list[Any]) -> list[Any]:
+            return [in_chunks(work, unit, c, n, self.device) for c, n in zip(given, self.counts, strict=True)]
+
+        targets, given = outputs(half(lambda n: slice(n))), half(lambda n: slice(n, None))
         if learn and kind == WEIGHTS and not self._load(unit, index, kind):
-            self._learn_weights(work, unit, index, halves[1], target)
+            self._learn_weights(work, unit, index, given, targets)
             self._save(unit, index, kind)
         self._round_weights(work, unit)
         if kind == ACTIVATIONS:
             known = not learn or self._load(unit, index, kind)
             points = self._place_points(work, unit, known)
             if not known:
-                self._learn_activations(work, unit, index, halves[1], target, points)
+                self._learn_activations(work, unit, index, given, targets, points)
                 self._save(unit, index, kind)
-        return joined([target, in_chunks(work, unit, halves[1], self.count, self.device)])
+        found = outputs(given)
+        if self.settings.iters and index == self.last and isinstance(targets[0], torch.Tensor):
+            self._correct_bias(unit, targets, found)
+        return [joined(pair) for pair in zip(targets, found, strict=True)]
+
+    def _loss(
+        self, module: Callable[..., Any], unit: Unit, calls: list[Any], targets: list[Any], states: Any, power: float
+    ) -> torch.Tensor:
+        """Returns the mean loss of a unit's outputs at some of the states."""
+        losses = []
+        for group, own in within_groups(states, self.counts):
+            args, kwargs = rows_of(calls[group], own, self.counts[group], unit.per_state, self.device)
+            wanted = rows_of(targets[group], own, self.counts[group], device=self.device)
+            losses.append(total_loss(module(*args, **kwargs), wanted, power) * (len(own) / len(states)))
+        return torch.stack(losses).sum()
+
+    def _correct_bias(self, unit: Unit, targets: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        """Finds what the last layer's bias lacks, so that the mean over all states is the original network's."""
+        if unit.layers != [""]:
+            return
+        rows = [
+            (a - b).movedim(1 if a.ndim == 4 else -1, -1).flatten(0, -2) for a, b in zip(targets, outputs, strict=True)
+        ]
+        self.lacking = {unit.name: torch.cat(rows).mean(0)}
 
     def _names(self, unit: Unit) -> list[tuple[str, str]]:
         """Returns the layers of a unit: name within it, name in the model."""
@@ -257,7 +285,7 @@ class _Run:
 
     # ---------------------------------------------------------------- weights
 
-    def _learn_weights(self, work: nn.Module, unit: Unit, index: int, call: Any, target: Any) -> None:
+    def _learn_weights(self, work: nn.Module, unit: Unit, index: int, calls: list[Any], targets: list[Any]) -> None:
         for inside, name in self._names(unit):
             layer = work.get_submodule(inside)
             # On the CPU: a grid must not depend on where the model is.
@@ -266,18 +294,20 @@ class _Run:
         if self.settings.iters == 0:
             return
         rounding = {
-            name: _Rounding(work.get_submodule(inside), self.quantized[name]) for inside, name in self._names(unit)
+            name: LayerRounding(work.get_parameter(_weight(inside)), self.quantized[name])
+            for inside, name in self._names(unit)
         }
         alphas = [alpha for layer in rounding.values() for alpha in layer.alphas]
         optimizer = torch.optim.Adam(alphas, lr=self.settings.lr)
 
         def loss(states: torch.Tensor, count: int) -> torch.Tensor:
             weights = {_weight(inside): rounding[name].soft() for inside, name in self._names(unit)}
-            args, kwargs = rows_of(unit, call, states, self.device)
-            output = functional_call(work, weights, args, kwargs)
-            wanted = rows_of(_outputs(unit, target, self.count), target, states, self.device)
+
+            def soft(*args: Any, **kwargs: Any) -> Any:
+                return functional_call(work, weights, args, kwargs)
+
             penalty = sum(rounding_penalty(alpha, count, self.settings.iters) for alpha in alphas)
-            return total_loss(output, wanted, 2.0) + REGULARISER * penalty
+            return self._loss(soft, unit, calls, targets, states, 2.0) + REGULARISER * penalty
 
         self._minimise(loss, optimizer, self.settings.iters, self._generator(index, WEIGHTS))
         for layer in rounding.values():
@@ -298,7 +328,7 @@ class _Run:
     ) -> None:
         with torch.enable_grad():
             for count in range(1, iters + 1):
-                states = torch.randperm(self.count, generator=generator)[: self.settings.batch_size]
+                states = torch.randperm(sum(self.counts), generator=generator)[: self.settings.batch_size]
                 optimizer.zero_grad()
                 loss(states, count).backward()
                 optimizer.step()
@@ -339,19 +369,42 @@ class _Run:
         for i, point in enumerate(points):
             point.step.data, point.zero, point.found = scale[i].clone(), zero[i].float(), True
 
+    def _find_ranges(
+        self, work: nn.Module, unit: Unit, calls: list[Any], batches: list[torch.Tensor], points: list[ActPoint]
+    ) -> None:
+        """Lets each point find its grid from what the rounded layers before it give for some of the states."""
+        groups = InStep()
+        for point in points:
+            point.stop = groups.stop
+
+        def call(group: int, own: torch.Tensor) -> Callable[[], Any]:
+            args, kwargs = rows_of(calls[group], own, self.counts[group], unit.per_state, self.device)
+            return lambda: work(*args, **kwargs)
+
+        for states in batches:
+            parts = [call(*part) for part in within_groups(states, self.counts)]
+            groups.run(parts, lambda point, tensors: point.observe(tensors, self.settings.act_momentum))
+        for point in points:
+            point.stop = None
+
     def _learn_activations(
-        self, work: nn.Module, unit: Unit, index: int, call: Any, target: Any, points: dict[str, list[ActPoint]]
+        self,
+        work: nn.Module,
+        unit: Unit,
+        index: int,
+        calls: list[Any],
+        targets: list[Any],
+        points: dict[str, list[ActPoint]],
     ) -> None:
         generator = self._generator(index, ACTIVATIONS)
-        first = torch.randperm(self.count, generator=generator)[:ACT_STATES]
-        args, kwargs = rows_of(unit, call, first, self.device)
-        work(*args, **kwargs)  # each point finds its grid from what the rounded layers before it give
-        outputs = _outputs(unit, target, self.count)
+        first = torch.randperm(sum(self.counts), generator=generator)[:ACT_STATES]
+        batches = [first]
+        if self.settings.act_momentum is not None:
+            batches += torch.randperm(sum(self.counts), generator=generator).split(self.settings.batch_size)
+        self._find_ranges(work, unit, calls, batches, [point for own in points.values() for point in own])
 
         def loss(states: torch.Tensor, count: int = 0) -> torch.Tensor:
-            args, kwargs = rows_of(unit, call, states, self.device)
-            wanted = rows_of(outputs, target, states, self.device)
-            return total_loss(work(*args, **kwargs), wanted, ACT_POWER)
+            return self._loss(work, unit, calls, targets, states, ACT_POWER)
 
         steps = [point.step for own in points.values() for point in own if point.found]
         for step in steps:
@@ -427,7 +480,8 @@ class _Run:
         for name, quantized in self.quantized.items():
             bias: Any = layers[name].bias
             if bias is not None:
-                quantized.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+                own = bias.detach() + self.lacking.get(name, torch.zeros(())).to(bias)
+                quantized.bias = nn.Parameter(own, requires_grad=False)
             memo[id(layers[name])] = quantized.to(self.device)
         made = copy.deepcopy(self.model, memo)
         for name, stored in self.attention.items():
@@ -438,46 +492,5 @@ class _Run:
         return made.eval()
 
 
-class _Rounding:
-    """The variables of one layer's rounding."""
-
-    def __init__(self, layer: Any, quantized: QuantLayer) -> None:
-        self.quantized, self.weight = quantized, layer.weight.detach()
-        self.grids, self.alphas = [], []
-        for part, grid in quantized.parts():
-            step, zero = (quantized.column(value[grid]).to(self.weight) for value in quantized.grids())
-            self.grids.append((part, step, zero))
-            self.alphas.append(nn.Parameter(initial_alpha(self.weight[:, part], step)))
-
-    def soft(self) -> torch.Tensor:
-        """Returns the weight at the present rounding."""
-        parts = [
-            soft_weight(self.weight[:, part], step, zero, alpha, self.quantized.bits)
-            for (part, step, zero), alpha in zip(self.grids, self.alphas, strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-    @torch.no_grad()
-    def store(self) -> None:
-        """Decides each weight."""
-        parts = [
-            hard_integers(self.weight[:, part], step, zero, alpha, self.quantized.bits)
-            for (part, step, zero), alpha in zip(self.grids, self.alphas, strict=True)
-        ]
-        self.quantized.set_integers((parts[0] if len(parts) == 1 else torch.cat(parts, 1)).cpu())
-
-
 def _weight(inside: str) -> str:
     return f"{inside}.weight" if inside else "weight"
-
-
-def _outputs(unit: Unit, target: Any, count: int) -> Unit:
-    """Returns a unit's name with the layout of its outputs, whose rows are those of the states."""
-    return Unit(unit.name, [], {k: len(v) // count for k, v in tensors_in(target).items()})
-
-
-def total_loss(output: Any, target: Any, power: float) -> torch.Tensor:
-    """Returns the sum of the losses of a unit's outputs."""
-    outputs, targets = tensors_in(output), tensors_in(target)
-    losses = [output_loss(outputs[place], targets[place], power) for place in targets]
-    return torch.stack(losses).sum()

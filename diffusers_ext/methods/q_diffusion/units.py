@@ -10,7 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["CHUNK", "Unit", "carry", "find_units", "in_chunks", "joined", "map_tensors", "rows_of"]
+from .calibration import is_per_sample
+from .in_step import InStep
+
+__all__ = [
+    "CHUNK",
+    "Unit",
+    "carry",
+    "find_units",
+    "in_chunks",
+    "joined",
+    "map_tensors",
+    "rows_of",
+    "selected",
+    "within_groups",
+]
 
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "Attention")
 TOO_LARGE = ("CrossAttnUpBlock2D",)  # named by models as what devices should not cut, but a stage of many blocks
@@ -24,12 +38,12 @@ class Unit:
     Attributes:
         name: of the module; the order of units is that of their first calls.
         layers: names of the layers in it that are quantized, within the unit; "" for the unit itself.
-        per_state: by place in the arguments of its call, how many rows a state has there; other tensors are shared.
+        per_state: places in the arguments of its call that have rows for each state; other tensors are shared.
     """
 
     name: str
     layers: list[str]
-    per_state: dict[str, int]
+    per_state: set[str]
 
 
 def tensors_in(value: Any, place: str = "") -> dict[str, torch.Tensor]:
@@ -53,16 +67,52 @@ def map_tensors(value: Any, function: Callable[[str, torch.Tensor], Any], place:
     return value
 
 
-def rows_of(unit: Unit, call: Any, states: torch.Tensor | slice, device: torch.device | None = None) -> Any:
-    """Returns the arguments of a unit's call for some of the states."""
+def selected(arguments: dict[str, Any], count: int, states: list[int]) -> dict[str, Any]:
+    """Returns the arguments of a call of a model with some of its `count` states."""
+
+    def taken(value: Any, name: str) -> Any:
+        if isinstance(value, dict):
+            return {k: taken(v, f"{name}.{k}") for k, v in value.items()}
+        if not is_per_sample(value, name, count):
+            return value
+        return [value[i] for i in states] if isinstance(value, list) else value[states]
+
+    return {name: taken(value, name) for name, value in arguments.items()}
+
+
+def rows_of(
+    value: Any,
+    states: torch.Tensor | slice,
+    count: int,
+    places: set[str] | None = None,
+    device: torch.device | None = None,
+) -> Any:
+    """Returns arguments of a unit's call, or its outputs, for some of `count` states.
+
+    Args:
+        value: nested tensors.
+        states: which are taken.
+        count: how many there are.
+        places: of tensors that have rows for each state; `None` for all.
+        device: where they go.
+    """
 
     def take(place: str, tensor: torch.Tensor) -> torch.Tensor:
-        count = unit.per_state.get(place)
-        if count:
-            tensor = tensor.view(-1, count, *tensor.shape[1:])[states].flatten(0, 1)
+        if places is None or place in places:
+            tensor = tensor.view(count, -1, *tensor.shape[1:])[states].flatten(0, 1)
         return tensor if device is None else tensor.to(device)
 
-    return map_tensors(call, take)
+    return map_tensors(value, take)
+
+
+def within_groups(states: torch.Tensor, counts: Sequence[int]) -> list[tuple[int, torch.Tensor]]:
+    """Returns numbers of states, counted over all groups, as pairs of a group and numbers within it."""
+    found, start = [], 0
+    for group, count in enumerate(counts):
+        own = states[(states >= start) & (states < start + count)] - start
+        found += [(group, own)] * bool(len(own))
+        start += count
+    return found
 
 
 def joined(parts: Sequence[Any]) -> Any:
@@ -82,20 +132,20 @@ def in_chunks(module: nn.Module, unit: Unit, call: Any, count: int, device: torc
     """Returns a unit's output for `count` states, computed a few at a time, on the CPU."""
     found = []
     for states in torch.arange(count).split(CHUNK):
-        args, kwargs = rows_of(unit, call, states, device)
+        args, kwargs = rows_of(call, states, count, unit.per_state, device)
         found.append(map_tensors(module(*args, **kwargs), lambda _, tensor: tensor.cpu()))
     return joined(found)
 
 
 @torch.no_grad()
 def find_units(
-    model: nn.Module, arguments: Callable[[int], dict[str, Any]], layers: Sequence[str], granularity: str
+    model: nn.Module, probes: Sequence[Callable[[int], dict[str, Any]]], layers: Sequence[str], granularity: str
 ) -> list[Unit]:
     """Finds the units of a model and their order, by calling it with two and with three states.
 
     Args:
         model: in evaluation mode.
-        arguments: number of states -> arguments of a call on the model's device.
+        probes: for each group of states, number of states -> arguments of a call on the model's device.
         layers: names of the layers to be quantized.
         granularity: `"block"`, or `"layer"` for each layer by itself.
 
@@ -109,38 +159,41 @@ def find_units(
         above = [".".join(words[:i]) for i in range(1, len(words))] if granularity == "block" else []
         name = next((n for n in above if type(model.get_submodule(n)).__name__ in cut), layer)
         owner.setdefault(name, []).append(layer[len(name) + 1 :])
-    seen: dict[str, list[dict[str, int]]] = {}
+    per_state: dict[str, set[str]] = {}
     called: set[str] = set()
-    handles = [
-        model.get_submodule(layer).register_forward_pre_hook(lambda *_, layer=layer: called.add(layer))
-        for layer in layers
-    ]
-    for count in (2, 3):
-        first: dict[str, dict[str, int]] = {}
+    sizes: dict[str, dict[str, int]] = {}
 
-        def note(module: nn.Module, args: Any, kwargs: Any, first: Any = first, name: str = "") -> None:
-            sizes = {k: len(v) for k, v in tensors_in((args, kwargs)).items() if v.ndim}
-            first.setdefault(name, sizes)
+    def see(name: str) -> Callable[..., None]:
+        return lambda *_: called.add(name)
 
-        def hook(name: str, note: Any = note) -> Any:
-            return lambda module, args, kwargs: note(module, args, kwargs, name=name)
+    def measure(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            own = {place: len(tensor) for place, tensor in tensors_in((args, kwargs)).items() if tensor.ndim}
+            sizes.setdefault(name, own)  # at the first call
 
-        own = [model.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True) for n in owner]
-        try:
-            model(**arguments(count))
-        finally:
-            for handle in own:
-                handle.remove()
-        for name, sizes in first.items():
-            seen.setdefault(name, []).append(sizes)
-    for handle in handles:
-        handle.remove()
+        return hook
+
+    handles = [model.get_submodule(layer).register_forward_pre_hook(see(layer)) for layer in layers]
+    handles += [model.get_submodule(n).register_forward_pre_hook(measure(n), with_kwargs=True) for n in owner]
+    try:
+        for probe in probes:
+            found = []
+            for count in (2, 3):
+                sizes.clear()
+                model(**probe(count))
+                found.append({name: dict(own) for name, own in sizes.items()})
+            two, three = found
+            for name, own in two.items():
+                places = {place for place, size in own.items() if size != three[name].get(place)}
+                per_state.setdefault(name, set()).update(places)
+    finally:
+        for handle in handles:
+            handle.remove()
     units = []
-    for name, (two, three) in seen.items():
-        per_state = {k: two[k] // 2 for k in two if two[k] != three.get(k)}
+    for name, places in per_state.items():
         inside = [f"{name}.{layer}" if layer else name for layer in owner[name]]
         kept = [layer for layer, full in zip(owner[name], inside, strict=True) if full in called]
-        units.append(Unit(name, kept, per_state))
+        units.append(Unit(name, kept, places))
     return units
 
 
@@ -162,30 +215,29 @@ class _Station(nn.Module):
 def carry(
     model: nn.Module,
     units: Sequence[Unit],
-    arguments: dict[str, Any],
-    visit: Callable[[Unit, Any, int], Any],
-) -> Any:
+    arguments: Sequence[dict[str, Any]],
+    visit: Callable[[Unit, list[Any], int], list[Any]],
+) -> None:
     """Takes all states through a model once; what is between units runs on the CPU, for all states together.
 
     Args:
         model: whose units are replaced in a copy; it stays as it is.
         units: see `find_units`.
-        arguments: of a call with all states.
-        visit: called at each unit as `(unit, (args, kwargs), number of the call)`, returns the unit's output.
+        arguments: for each group of states that can be joined, those of a call with all of them.
+        visit: called at each unit as `(unit, (args, kwargs) of each group, number of the call)`, returns the unit's
+            outputs.
     """
     memo: dict[int, Any] = {}
-    counts = dict.fromkeys((unit.name for unit in units), 0)
+    counts, groups = dict.fromkeys((unit.name for unit in units), 0), InStep()
 
-    def at(unit: Unit) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
-        def arrive(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            counts[unit.name] += 1
-            return visit(unit, (args, kwargs), counts[unit.name] - 1)
+    def station(unit: Unit) -> _Station:
+        return _Station(model.get_submodule(unit.name), lambda args, kwargs: groups.stop(unit, (args, kwargs)))
 
-        return arrive
+    def arrive(unit: Unit, calls: list[Any]) -> list[Any]:
+        counts[unit.name] += 1
+        return visit(unit, calls, counts[unit.name] - 1)
 
     for unit in units:
-        module = model.get_submodule(unit.name)
-        memo[id(module)] = _Station(module, at(unit))
-    skeleton = copy.deepcopy(model, memo).cpu().float()
-    skeleton.eval()
-    return skeleton(**arguments)
+        memo[id(model.get_submodule(unit.name))] = station(unit)
+    skeleton = copy.deepcopy(model, memo).cpu().float().eval()
+    groups.run([lambda given=given: skeleton(**given) for given in arguments], arrive)

@@ -75,7 +75,9 @@ def test_classes_are_gone_through_in_turn_and_guidance_is_recorded():
     assert len(found) == 2 * 2 * 4
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"])
+@pytest.mark.parametrize(
+    "name", ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "QwenImagePipeline"]
+)
 def test_any_pipeline_can_be_recorded(name, tmp_path):
     pipe = build(name)
     options = {"prompt": ["a cat", "a dog"], "num_inference_steps": 2, "height": 16, "width": 16}
@@ -106,9 +108,27 @@ def test_wrong_arguments():
         collect_calibration(DDIMScheduler(), 2, 2)
 
 
-def test_states_of_other_shapes_cannot_be_joined():
-    calls = [{"sample": torch.zeros(1, 1, size, size), "timestep": 3} for size in (8, 16)]
+def test_states_of_other_shapes_are_joined_in_groups():
+    sizes = ((1, 8), (2, 16), (1, 8))
+    calls = [{"sample": torch.zeros(n, 1, size, size), "timestep": t} for t, (n, size) in enumerate(sizes)]
+    states = Calibration(calls, "model")
     with pytest.raises(ValueError, match="`sample` must be of one shape in all calls"):
-        Calibration(calls, "model").arguments()
+        states.arguments()
+    joined = [group.arguments() for group in states.groups()]
+    assert [call["timestep"].tolist() for call in joined] == [[0, 2], [1, 1]]
+    assert [call["sample"].shape[-1] for call in joined] == [8, 16]
+    guided = [{**call, "guidance": torch.tensor(i % 2)} for i, call in enumerate(calls[:1] * 4)]
+    assert [len(group) for group in Calibration(guided, "model").groups()] == [2, 2]  # what is shared differs
     assert FlowMatchEulerDiscreteScheduler  # their times are fractions
     assert Calibration([{"x": torch.zeros(1, 2), "t": torch.tensor([0.5])}], "model").timesteps == [0.5]
+
+
+def test_prompts_of_any_length_are_recorded():
+    """Qwen-Image pads texts to the longest of a call, and calls its network for each side of the guidance."""
+    pipe = build("QwenImagePipeline")
+    options = {"num_inference_steps": 2, "height": 16, "width": 16, "true_cfg_scale": 3.0, "negative_prompt": "bad"}
+    prompts = ["a cat", "a dog that runs over a field", "a", "an owl"]
+    found = collect_calibration(pipe, 4, 2, batch_size=2, prompt=prompts, **options)
+    lengths = [group.arguments()["encoder_hidden_states"].shape[1] for group in found.groups()]
+    assert len(set(lengths)) == len(lengths) > 1
+    assert sum(len(group) for group in found.groups()) == len(found) == 2 * 2 * 4

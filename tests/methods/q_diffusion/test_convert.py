@@ -4,11 +4,13 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DModel
 
 from diffusers_ext import QDiffConfig, convert_qdiffusion_checkpoint, quantization_grid, train
 from diffusers_ext.methods.q_diffusion.layers import QuantLayer
 from diffusers_ext.methods.q_diffusion.quantizer import shortcut_splits
+from tests.tiny_pipelines import build
 
 from .tiny import pipeline, unet
 
@@ -35,24 +37,53 @@ BACK = [
 ]
 
 
-def original_name(name):
-    for pattern, place in BACK:
-        name = re.sub(pattern, place, name)
-    return name
+# The same for latent diffusion and Stable Diffusion: one resnet a level, attention at the lower one.
+LATENT = [
+    (r"^time_embedding\.linear_1", "time_embed.0"),
+    (r"^time_embedding\.linear_2", "time_embed.2"),
+    (r"^conv_in", "input_blocks.0.0"),
+    (r"^down_blocks\.0\.resnets\.0", "input_blocks.1.0"),
+    (r"^down_blocks\.0\.downsamplers\.0\.conv", "input_blocks.2.0.op"),
+    (r"^down_blocks\.1\.resnets\.0", "input_blocks.3.0"),
+    (r"^down_blocks\.1\.attentions\.0", "input_blocks.3.1"),
+    (r"^mid_block\.resnets\.0", "middle_block.0"),
+    (r"^mid_block\.attentions\.0", "middle_block.1"),
+    (r"^mid_block\.resnets\.1", "middle_block.2"),
+    (r"^up_blocks\.0\.resnets\.(\d)", r"output_blocks.\1.0"),
+    (r"^up_blocks\.0\.attentions\.(\d)", r"output_blocks.\1.1"),
+    (r"^up_blocks\.0\.upsamplers\.0\.conv", "output_blocks.1.2.conv"),
+    (r"^up_blocks\.1\.resnets\.0", "output_blocks.2.0"),
+    (r"^up_blocks\.1\.resnets\.1", "output_blocks.3.0"),
+    (r"^conv_norm_out", "out.0"),
+    (r"^conv_out", "out.2"),
+    (r"^(\w+\.\d\.0|middle_block\.[02])\.norm1", r"\1.in_layers.0"),
+    (r"^(\w+\.\d\.0|middle_block\.[02])\.conv1", r"\1.in_layers.2"),
+    (r"^(\w+\.\d\.0|middle_block\.[02])\.norm2", r"\1.out_layers.0"),
+    (r"^(\w+\.\d\.0|middle_block\.[02])\.conv2", r"\1.out_layers.3"),
+    (r"time_emb_proj", "emb_layers.1"),
+    (r"conv_shortcut", "skip_connection"),
+]
+# Attention of models without texts.
+LATENT_PLAIN = [*LATENT, (r"group_norm", "norm"), (r"to_([qkv])\b", r"\1"), (r"to_out\.0", "proj_out")]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A checkpoint as the original writes it, with roundings drawn at random, and the weights that it stands for."""
-    model, state, wanted, splits = unet(), {}, {}, shortcut_splits(unet())
+def as_original(model, table, extra_axes):
+    """Returns what the original saves, with roundings drawn at random, and the weights that it stands for."""
+    state, wanted, splits = {}, {}, shortcut_splits(model)
     draw = torch.Generator().manual_seed(0)
+
+    def original_name(name):
+        for pattern, place in table:
+            name = re.sub(pattern, place, name)
+        return f"model.{name}"
+
     for name, value in model.state_dict().items():
-        is_projection = re.search(r"\.to_(q|k|v|out\.0)\.weight$", name)  # 1x1 convolutions there
-        state[f"model.{original_name(name)}"] = value[..., None, None] if is_projection else value
+        is_projection = re.search(r"\.to_(q|k|v|out\.0)\.weight$", name)  # convolutions there
+        state[original_name(name)] = value[(..., *[None] * extra_axes)] if is_projection else value
     for name, layer in model.named_modules():
         if not isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
             continue
-        key, split = f"model.{original_name(name)}", splits.get(name, 0)
+        key, split = original_name(name), splits.get(name, 0)
         parts, rounded = (layer.weight[:, :split], layer.weight[:, split:]) if split else (layer.weight,), []
         for i, part in enumerate(parts):
             end = "_0" if i else ""
@@ -66,20 +97,78 @@ def checkpoint(tmp_path_factory):
             state[f"{key}.act_quantizer{end}.delta"] = torch.tensor(0.02 + 0.01 * i)
             state[f"{key}.act_quantizer{end}.zero_point"] = torch.tensor(120.0)
         wanted[name] = torch.cat(rounded, 1)
+    return state, wanted
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint of the DDIM repository's network."""
+    state, wanted = as_original(unet(), BACK, 2)
     path = tmp_path_factory.mktemp("original") / "ckpt.pth"
     torch.save(state, path)
     return path, wanted
 
 
-def test_the_integers_are_those_of_the_checkpoint(checkpoint, tmp_path):
-    path, wanted = checkpoint
-    made = convert_qdiffusion_checkpoint(path, unet(), QDiffConfig(4, act_bits=8))
+def same_integers(made, wanted):
     layers = {name: m for name, m in made.named_modules() if isinstance(m, QuantLayer)}
     assert layers.keys() == wanted.keys()
     for name, layer in layers.items():
         torch.testing.assert_close(layer.dequantize(), wanted[name], atol=0, rtol=0)
         assert layer.act_scale.tolist() == pytest.approx([0.02, 0.03][: len(layer.act_scale)])
         assert layer.act_zero_point.tolist() == [120] * len(layer.act_scale)
+
+
+def test_a_checkpoint_of_stable_diffusion(tmp_path):
+    model = build("StableDiffusionPipeline").unet
+    state, wanted = as_original(model, LATENT, 0)
+    assert "model.output_blocks.1.1.transformer_blocks.0.attn2.to_k.weight_quantizer.alpha" in state
+    assert "model.output_blocks.3.0.skip_connection.weight_quantizer_0.delta" in state
+    torch.save(state, tmp_path / "ckpt.pth")
+    made = convert_qdiffusion_checkpoint(tmp_path / "ckpt.pth", model, QDiffConfig(4, act_bits=8))
+    same_integers(made, wanted)
+    assert torch.equal(made.conv_norm_out.weight, model.conv_norm_out.weight)
+
+
+def merged_attention(state, heads):
+    """Puts query, key and value into one layer: of each head those three, one after the other."""
+    merged = {}
+    for name, value in state.items():
+        match = re.search(r"\.q\.(.+)$", name)
+        if re.search(r"\.[kv]\.", name):
+            continue
+        if match is None:
+            merged[name] = value
+        elif "act_quantizer" in name:
+            merged[name.replace(".q.", ".qkv.")] = value
+        else:
+            own = [state[name.replace(".q.", f".{part}.")].chunk(heads) for part in "qkv"]
+            merged[name.replace(".q.", ".qkv.")] = torch.cat([part[h] for h in range(heads) for part in own])
+    return merged
+
+
+def test_a_checkpoint_of_latent_diffusion_without_texts(tmp_path):
+    """Its attention makes query, key and value by one convolution, which splits into heads first."""
+    model, heads = unet(), 4
+    state, wanted = as_original(model, LATENT_PLAIN, 1)
+    state = merged_attention(state, heads)
+    weight, bias = (state[f"model.middle_block.1.qkv.{name}"] for name in ("weight", "bias"))
+    assert weight.shape == (48, 16, 1)
+    torch.save(state, tmp_path / "ckpt.pth")
+    made = convert_qdiffusion_checkpoint(tmp_path / "ckpt.pth", model, QDiffConfig(4, act_bits=8))
+    same_integers(made, wanted)
+    # As the original computes it (`QKVAttentionLegacy`), in fp32.
+    attention, x = model.mid_block.attentions[0], torch.randn(2, 16, 4, 4)
+    q, k, v = F.conv1d(attention.group_norm(x).flatten(2), weight, bias).reshape(2 * heads, 12, 16).split(4, 1)
+    found = torch.einsum("bts,bcs->bct", (torch.einsum("bct,bcs->bts", q, k) / 2).softmax(-1), v)
+    project = (state[f"model.middle_block.1.proj_out.{name}"] for name in ("weight", "bias"))
+    found = x + F.conv1d(found.reshape(2, 16, 16), *project).view(x.shape)
+    torch.testing.assert_close(attention(x), found, atol=1e-5, rtol=1e-4)
+
+
+def test_the_integers_are_those_of_the_checkpoint(checkpoint, tmp_path):
+    path, wanted = checkpoint
+    made = convert_qdiffusion_checkpoint(path, unet(), QDiffConfig(4, act_bits=8))
+    same_integers(made, wanted)
     made.save_pretrained(tmp_path)
     again = type(made).from_pretrained(tmp_path)
     x = torch.randn(2, 1, 8, 8)

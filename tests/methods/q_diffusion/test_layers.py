@@ -16,9 +16,15 @@ from diffusers_ext.methods.q_diffusion.layers import check_compute, quantized_la
 def home(tmp_path, monkeypatch):
     """Answers of the kernels' choice go to a place of their own."""
     monkeypatch.setattr(kernels, "HF_HOME", str(tmp_path))
-    kernels._known.cache_clear()
+    forget()
     yield tmp_path
-    kernels._known.cache_clear()
+    forget()
+
+
+def forget():
+    """Starts as another process does."""
+    kernels._selected.cache_clear()
+    kernels.exact_kernel.cache_clear()
 
 
 def normal(*shape, seed=0):
@@ -76,6 +82,30 @@ def test_a_split_layer_has_a_grid_for_each_part():
     assert errors[0] <= 0.1 * errors[1]
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 1, 4, 4), (3, 1, 1, 1), (2, 4, 1, 6), (2, 5, 6, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_layouts_are_those_of_the_library(shape, dtype):
+    x = normal(*shape).mul(50).to(dtype)
+    last = x.contiguous(memory_format=torch.channels_last)
+    for given in (x, last, x.transpose(2, 3).contiguous().transpose(2, 3), x[:, :1]):
+        assert torch.equal(kernels.channels_last(given), given)
+        assert kernels.channels_last(given).is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(kernels.channels_first(given), given)
+        assert kernels.channels_first(given).is_contiguous()
+
+
+def test_activations_are_rounded_to_the_nearest_and_clipped():
+    x, step, zero = normal(4000) * 3, 0.0213, 37
+    wanted = ((x.double() / step).round() + zero).clamp(0, 255)
+    far = ((x.double() / step) % 1 - 0.5).abs() > 1e-4  # where two integers are as near, either is right
+    found = kernels.to_uint8(x, step, zero)
+    assert torch.equal(found[far].double(), wanted[far])
+    assert (found.double() - wanted).abs().max() <= 1
+    torch.testing.assert_close(kernels.rounded_activations(x, step, zero), (found.float() - zero) * step)
+    ends = torch.tensor([-1e9, -1e30, 1e9, 1e30, float("inf")])
+    assert kernels.to_uint8(ends, step, zero).tolist() == [0, 0, 255, 255, 255]
+
+
 @pytest.mark.parametrize("bits", [4, 7, 8])
 @pytest.mark.parametrize("split", [0, 2])
 @pytest.mark.parametrize("kind", ["conv", "strided", "grouped", "linear"])
@@ -127,7 +157,7 @@ def test_the_faster_of_exact_kernels_is_chosen_and_kept(monkeypatch, home):
     times["int8"] = 3.0
     assert select_kernel("linear", ((8, 16), (3, 16)), 127) == "int8"  # up to the next power of two
     assert select_kernel("linear", ((8, 16), (8, 16)), 127) == "dequantize"
-    kernels._known.cache_clear()  # as another process
+    forget()
     monkeypatch.setattr(kernels, "_times", None)
     assert select_kernel("linear", ((8, 16), (4, 16)), 127) == "int8"
     kept = json.loads((home / "diffusers_ext" / "kernels.json").read_text())
@@ -138,9 +168,10 @@ def test_the_faster_of_exact_kernels_is_chosen_and_kept(monkeypatch, home):
 
 def test_an_answer_comes_from_a_real_measurement():
     shape = ((32, 16, 3, 3), (2, 16, 8, 8), ((1, 1), (1, 1), (1, 1), 1))
-    times = kernels._times("conv2d", shape, 15, True)
-    assert set(times) == {"int8", "dequantize"}
-    assert min(times.values()) > 0
+    for split in (0, 4):
+        times = kernels._times("conv2d", shape, 15, True, split)
+        assert set(times) == {"int8", "dequantize"}
+        assert min(times.values()) > 0
 
 
 def test_integers_that_are_asked_for_and_wrong_are_refused(monkeypatch):

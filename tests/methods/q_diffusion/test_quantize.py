@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers_ext import Calibration, QDiffConfig, QuantConv2d, collect_calibration, quantize_model
 from diffusers_ext.methods.q_diffusion import units
 from diffusers_ext.methods.q_diffusion.layers import QuantLayer
+from diffusers_ext.methods.q_diffusion.points import ActPoint
 from diffusers_ext.methods.q_diffusion.quantizer import shortcut_splits
 from tests import processes
 from tests.tiny_pipelines import build
@@ -65,6 +66,19 @@ def test_learned_rounding_beats_the_nearest_on_other_samples(model, calibration,
     # Random weights average errors out less than trained ones; the experiment holds the real goal.
     assert error(weights_only, model, held_out) <= 0.9 * error(nearest, model, held_out)
     assert error(learned, model, held_out) <= error(nearest, model, held_out)
+
+
+def test_the_mean_of_the_output_is_the_original_s(model, calibration, learned):
+    """The last layer's bias takes what is constant in the error, exactly over the states of the calibration."""
+    states = calibration.arguments()
+    with torch.no_grad():
+        found, wanted = learned(**states).sample, model(**states).sample
+        left = (found - wanted).mean((0, 2, 3))
+        assert left.abs().max() <= 1e-4 * wanted.abs().mean()
+        learned.conv_out.bias.data.copy_(model.conv_out.bias)
+        before = (learned(**states).sample - wanted).mean((0, 2, 3))
+        learned.conv_out.bias.data.add_(left - before)
+    assert before.abs().max() > 1e-3 * wanted.abs().mean()
 
 
 def test_the_original_stays_and_the_result_is_kept(model, held_out, learned, tmp_path):
@@ -168,6 +182,27 @@ def test_the_cost_is_linear_in_depth(monkeypatch):
     assert found[1] < 3 * found[0]
 
 
+def test_running_ranges_are_averages_of_extremes(model, calibration):
+    point, batches = ActPoint(QDiffConfig(act_bits=8)), [torch.tensor([-1.0, 0.2, 3.0]), torch.tensor([-2.0, 5.0])]
+    point.observe(batches[:1], 0.9)
+    point.observe([batches[1][:1], batches[1][1:]], 0.9)  # one batch in two parts
+    assert point.step.item() == pytest.approx((3.2 + 1.1) / 255)
+    assert point.zero == round(1.1 / (4.3 / 255))
+    point.observe(batches, None)
+    assert point.step.item() == pytest.approx(4.3 / 255)
+    made = quantize_model(
+        model,
+        calibration,
+        QDiffConfig(8, act_bits=8),
+        iters=0,
+        act_iters=0,
+        act_momentum=0.001,
+        batch_size=len(calibration),
+    )
+    x = calibration.arguments()["sample"]  # the last batch is all states, and takes nearly all
+    assert made.conv_in.act_scale.item() == pytest.approx((x.max() - x.min()).item() / 255, rel=1e-3)
+
+
 def test_single_layers_can_be_rounded_by_themselves(model, calibration, held_out):
     config = QDiffConfig(4, act_bits=8, scale_method="max")
     made = quantize_model(model, calibration, config, iters=4, act_iters=1, granularity="layer")
@@ -208,7 +243,38 @@ def test_a_killed_run_goes_on_to_the_same_bits(model, tmp_path):
         quantize_model(model, states, config, iters=13, output_dir=tmp_path / "cut")
 
 
-@pytest.mark.parametrize("name", ["DiTPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "ZImagePipeline"])
+def test_states_in_groups_are_learned_as_in_one(model, calibration, monkeypatch):
+    """The mean over states drawn from all groups is the mean over states; so are ranges those of all of them."""
+    config, settings = QDiffConfig(4, act_bits=8), {"iters": 1, "act_iters": 1, "batch_size": 8}
+    whole = quantize_model(model, calibration, config, **settings)
+    monkeypatch.setattr(
+        Calibration, "groups", lambda self: [Calibration(self.calls[i : i + 2], self.model) for i in range(0, 8, 2)]
+    )
+    made = quantize_model(model, calibration, config, **settings).state_dict()
+    for name, value in whole.state_dict().items():
+        if name.endswith("qweight"):  # the order of sums may decide a weight near the middle
+            assert (value == made[name]).float().mean() > 0.99
+        else:
+            torch.testing.assert_close(made[name], value, rtol=0.05, atol=1.01 if name.endswith("point") else 0)
+
+
+def test_prompts_of_different_lengths_calibrate_one_model():
+    pipe = build("QwenImagePipeline")
+    options = {"num_inference_steps": 2, "height": 16, "width": 16, "true_cfg_scale": 3.0, "negative_prompt": "bad"}
+    prompts = ["a cat", "a dog that runs over a field", "a", "an owl"]
+    states = collect_calibration(pipe, 4, 2, batch_size=2, prompt=prompts, **options)
+    assert len(states.groups()) > 1
+    made = quantize_model(pipe.transformer, states, QDiffConfig(8, act_bits=8), iters=2, act_iters=1, batch_size=4)
+    for call in states.calls:
+        with torch.no_grad():
+            found, wanted = (m(**call, return_dict=False)[0] for m in (made, pipe.transformer))
+        assert (found - wanted).square().mean() < 0.02 * wanted.square().mean()
+
+
+TRANSFORMERS = ["DiT", "StableDiffusion3", "Flux", "QwenImage", "ZImage"]
+
+
+@pytest.mark.parametrize("name", [f"{name}Pipeline" for name in TRANSFORMERS])
 def test_transformers_are_quantized_through_their_pipelines(name, tmp_path, caplog):
     pipe = build(name)
     said = {"class_labels": [1, 2]} if name == "DiTPipeline" else {"prompt": ["a cat", "a dog"]}
@@ -242,6 +308,7 @@ def test_wrong_arguments(model, calibration):
         ({"act_iters": 1.5}, "`act_iters` must be an integer >= 0, got 1.5"),
         ({"batch_size": 0}, "`batch_size` must be an integer >= 1, got 0"),
         ({"lr": 0}, "`lr` must be a number > 0, got 0"),
+        ({"act_momentum": 1.0}, r"`act_momentum` must be a number in \(0, 1\) or None, got 1.0"),
         ({"granularity": "net"}, r"`granularity` must be one of \['block', 'layer'\], got 'net'"),
         ({"config": QDiffConfig(modules_to_not_convert=["nix"])}, "`modules_to_not_convert` must name .*'nix'"),
         (
