@@ -6,8 +6,8 @@ Tiny models shaped like Stable Diffusion 3 (flow matching; three seeds) and PixA
 MNIST's digits from captions such as "a handwritten three" with the recipe `text_to_image`: with Gaussian noise, with
 noise assigned over the batch, and assigned among images of one caption only. The stock pipeline then draws 50 images
 of each caption in 20 steps at seven guidance scales; 1.75, 2.25 and 2.5 were added when the first four had been seen,
-because the best scale of each noise lies between them. Accuracy is how many of them a classifier reads as their caption,
-FD their Frechet distance to 1,000 held-out digits in the features of that classifier.
+because the best scale of each noise lies between them. Accuracy is how many of them a classifier reads as their
+caption, FD their Frechet distance to 1,000 held-out digits in the features of that classifier.
 
 Training resumes where it was interrupted, and what is finished is not done again (runs/any_pipeline). The result is
 benchmarks/results/any_pipeline/experiment.json with a picture beside it.
