@@ -301,10 +301,10 @@ def summarise(name, by_seed):
         f"adaround_over_nearest_{name}": mean_figure(ratios("error", "w4", "w4_mse"), "ratio", "<= 0.6"),
         f"loss_w8_over_fp32_{name}": mean_figure([m["loss"] for m in by_seed], "ratio", "<= 1.1"),
         f"fd_w8_over_fp32_{name}": mean_figure(ratios("fd", "w8", "fp32"), "ratio"),
-        f"split_over_unsplit_{name}": mean_figure(
+        f"nearest_split_over_unsplit_{name}": mean_figure(
             ratios("nearest_shortcuts", "w4a8_nearest", "w4a8_nearest_unsplit"), "ratio", "<= 0.5"
         ),
-        f"learned_split_over_unsplit_{name}": mean_figure(ratios("shortcuts", "w4a8", "w4a8_unsplit"), "ratio"),
+        f"split_over_unsplit_{name}": mean_figure(ratios("shortcuts", "w4a8", "w4a8_unsplit"), "ratio"),
         f"one_over_many_timesteps_{name}": mean_figure(ratios("error", "w4_one_timestep", "w4_few_states"), "ratio"),
         f"fd_w4a8_over_fp32_{name}": mean_figure(ratios("fd", "w4a8", "fp32"), "ratio"),
         f"fd_w4_max_over_fp32_{name}": mean_figure(ratios("fd", "w4_max", "fp32"), "ratio"),
@@ -353,11 +353,14 @@ SAYS = {
     ),
     r"loss_w8_over_fp32_(\w+)": r"Weights in 8 bits: {} times the denoising loss of fp32 on real images (\1).",
     r"fd_w8_over_fp32_(\w+)": r"Weights in 8 bits: {} times the Frechet distance of fp32 (\1).",
-    r"split_over_unsplit_(\w+)": (
+    r"nearest_split_over_unsplit_(\w+)": (
         r"Rounded to nearest, split shortcuts make {} times the error of unsplit ones in the layers over "
         r"concatenations (\1)."
     ),
-    r"learned_split_over_unsplit_(\w+)": (r"With rounding that was learned for whole blocks, {} times it (\1)."),
+    r"split_over_unsplit_(\w+)": (
+        r"With rounding learned for whole blocks, split shortcuts make {} times the error of unsplit ones in these "
+        r"layers (\1)."
+    ),
     r"one_over_many_timesteps_(\w+)": (
         r"Calibrated on one timestep the error is {} times that of as many states of ten timesteps (\1)."
     ),
