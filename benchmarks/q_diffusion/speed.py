@@ -30,7 +30,7 @@ from diffusers_ext.methods.q_diffusion.reconstruct import Settings, _Run
 from diffusers_ext.methods.q_diffusion.units import find_units
 
 # Channels -> pixels a side, batches, and repeats: what a core can run.
-SIZES = {64: (16, (1, 8, 64), 5), 128: (16, (1, 8), 5), 320: (8, (1, 8), 3)}
+SIZES = {64: (16, (1, 8, 64), 5), 128: (16, (1, 8), 5), 320: (8, (1, 8), 9)}
 BITS = {"w8a8": (8, 8), "w7a8": (7, 8), "w4a8": (4, 8), "w4": (4, None)}
 # Stable Diffusion 1.5's network.
 LARGE = {

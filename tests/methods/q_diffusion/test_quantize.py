@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 
 from diffusers_ext import Calibration, QDiffConfig, QuantConv2d, collect_calibration, quantize_model
 from diffusers_ext.methods.q_diffusion import units
+from diffusers_ext.methods.q_diffusion.calibration import network_name
 from diffusers_ext.methods.q_diffusion.layers import QuantLayer
 from diffusers_ext.methods.q_diffusion.points import ActPoint
 from diffusers_ext.methods.q_diffusion.quantizer import shortcut_splits
@@ -271,27 +272,29 @@ def test_prompts_of_different_lengths_calibrate_one_model():
         assert (found - wanted).square().mean() < 0.02 * wanted.square().mean()
 
 
-TRANSFORMERS = ["DiT", "StableDiffusion3", "Flux", "QwenImage", "ZImage"]
+NETWORKS = ["StableDiffusionXL", "DiT", "StableDiffusion3", "Flux", "QwenImage", "ZImage"]
 
 
-@pytest.mark.parametrize("name", [f"{name}Pipeline" for name in TRANSFORMERS])
-def test_transformers_are_quantized_through_their_pipelines(name, tmp_path, caplog):
+@pytest.mark.parametrize("name", [f"{name}Pipeline" for name in NETWORKS])
+def test_networks_are_quantized_through_their_pipelines(name, tmp_path, caplog):
     pipe = build(name)
     said = {"class_labels": [1, 2]} if name == "DiTPipeline" else {"prompt": ["a cat", "a dog"]}
     size = {} if name == "DiTPipeline" else {"height": 16, "width": 16}
     states = collect_calibration(pipe, 2, 2, batch_size=2, num_inference_steps=2, **said, **size)
-    made = quantize_model(pipe.transformer, states, QDiffConfig(8, act_bits=8), iters=2, act_iters=1, batch_size=2)
-    assert "`split_shortcuts` changes nothing" in caplog.text
+    part = network_name(pipe)
+    network = getattr(pipe, part)
+    made = quantize_model(network, states, QDiffConfig(8, act_bits=8), iters=2, act_iters=1, batch_size=2)
+    assert ("`split_shortcuts` changes nothing" in caplog.text) == (part == "transformer")
     arguments = states.calls[-1]
     with torch.no_grad():
-        found, wanted = (m(**arguments, return_dict=False)[0] for m in (made, pipe.transformer))
+        found, wanted = (m(**arguments, return_dict=False)[0] for m in (made, network))
     pairs = zip(found, wanted, strict=True)
     assert all((a - b).square().mean() < 0.02 * b.square().mean() for a, b in pairs)
     made.save_pretrained(tmp_path)
-    again = type(pipe.transformer).from_pretrained(tmp_path)
+    again = type(network).from_pretrained(tmp_path)
     with torch.no_grad():
         assert all(map(torch.equal, again(**arguments, return_dict=False)[0], found))
-    pipe.transformer = again
+    setattr(pipe, part, again)
     pipe.set_progress_bar_config(disable=True)
     pipe(**said, **size, num_inference_steps=1)
 
