@@ -39,7 +39,7 @@ from diffusers_ext.training.timesteps import LogNormalLevels
 
 RUNS = Path("runs/ambient-images")
 SEEDS = (0, 1, 2)
-SIGMA, CLEAN, SAMPLES = 0.5, 100, 1000
+SIGMA, CLEAN, SAMPLES = 0.5, 100, 800
 STEPS, BATCH, RATE, SAMPLING_STEPS = 1500, 32, 2e-3, 14
 ARMS = {
     "clean": "the clean digits alone",
