@@ -3,9 +3,10 @@
     python -m benchmarks.geometry.cost     # three minutes
 
 Log-likelihood in nats with exact traces, of normal data in a plane (3 of 6 directions) and of full-rank data: RK45 in
-the angle arctan(sigma) (the default) and Heun, against RK45 (SciPy's) in sigma and in uniform t, and Euler. Local dimension: calls an image for an rms
-error of 1.5, of the denoising loss and of the normal bundle, at D = 64 and k = 8. Then probes in a batch against one
-by one on the shipped digits model, and the memory of the normal bundle's Gram matrix against its rows.
+the angle arctan(sigma) (the default) and Heun, against RK45 (SciPy's) in sigma and in uniform t, and Euler in t.
+Local dimension: calls an image for an rms error of 1.5, of the denoising loss and of the normal bundle, at D = 64 and
+k = 8. Then probes in a batch against one by one on the shipped digits model, and the memory of the normal bundle's
+Gram matrix against its rows.
 """
 
 import math

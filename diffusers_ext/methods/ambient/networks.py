@@ -41,7 +41,9 @@ def _groups(channels: int) -> int:
 class _Block(nn.Module):
     """A residual block, and attention after it."""
 
-    def __init__(self, inputs: int, outputs: int, time: int, dropout: float, attention: bool, **resampling: bool):
+    def __init__(
+        self, inputs: int, outputs: int, time: int, dropout: float, attention: bool, **resampling: bool
+    ) -> None:
         super().__init__()
         self.resnet = ResnetBlock2D(
             in_channels=inputs,

@@ -132,9 +132,9 @@ def log_likelihood(
 ) -> LogLikelihood:
     r"""Computes log-likelihoods by the probability flow.
 
-    `"rk45"` is Dormand-Prince 5(4) (SciPy's) in the angle arctan(sigma), which controls sample and log p together; the
-    network must take fractional timesteps. `"heun"` uses the scheduler's own levels nearest to log-spaced sigmas, steps in sigma and
-    sums the trace in log sigma; it needs twice the calls, or more.
+    `"rk45"` is Dormand-Prince 5(4) (SciPy's) in the angle arctan(sigma), which controls sample and log p together;
+    the network must take fractional timesteps. `"heun"` uses the scheduler's own levels nearest to log-spaced sigmas,
+    steps in sigma and sums the trace in log sigma; it needs three times the calls, or more.
 
     Args:
         field: the denoiser.

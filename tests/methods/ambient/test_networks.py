@@ -136,7 +136,7 @@ def test_published_weights_give_the_same_network(state, tmp_path):
 
 
 def test_the_published_size():
-    """arXiv 2411.02780 at 32x32: 55,733,891 parameters in 425 tensors, with those of augmentation and fixed filters."""
+    """arXiv 2411.02780 at 32x32: 55,733,891 parameters in 425 tensors, augmentation and fixed filters included."""
     with torch.device("meta"):
         unet = SongUNet2DModel()
     sizes = [p.numel() for p in unet.parameters()]
@@ -162,6 +162,6 @@ def test_other_weights_are_refused(state, change, message):
     for bad, name in (({"sample_size": 9}, "sample_size"), ({"layers_per_block": 0}, "layers_per_block")):
         with pytest.raises(ValueError, match=name):
             SongUNet2DModel(**{"block_out_channels": (8, 8), "base_channels": 8, **bad})
+    unet = SongUNet2DModel(8, base_channels=8, block_out_channels=(8,), layers_per_block=1)
     with pytest.raises(ValueError, match="`class_labels` must be left out"):
-        unet = SongUNet2DModel(8, base_channels=8, block_out_channels=(8,), layers_per_block=1)
         unet(torch.zeros(1, 3, 8, 8), 0.0, class_labels=torch.tensor([0]))
