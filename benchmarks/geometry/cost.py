@@ -133,8 +133,8 @@ def likelihoods(figures):
         }
         for method, runs in tried.items():
             for setting, (error, calls) in runs.items():
-                figures[f"{name}_error_{method}_{setting:.2g}"] = figure(error, "nats")
-                figures[f"{name}_calls_{method}_{setting:.2g}"] = figure(calls, "calls")
+                figures[f"{name}_error_{method}_{setting:.3g}"] = figure(error, "nats")
+                figures[f"{name}_calls_{method}_{setting:.3g}"] = figure(calls, "calls")
         least = {method: least_calls(list(runs.values())) for method, runs in tried.items()}
         for method, calls in least.items():
             if calls is not None:
