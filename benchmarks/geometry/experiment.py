@@ -85,7 +85,6 @@ SAYS = {
     "mixed_auc": "Classes of 12 dimensions have a larger dimension than those of 4 with probability {:.3f}.",
     "uncut_spearman": "Mean dimensions of the classes of whole digits rank as nearest neighbours do: {:.2f}.",
     "uncut_spearman_held_out": "Of held-out digits, which the network of 1,500 digits knows less well, it is {:.2f}.",
-    r"uncut_lowest_class": "{:.0f} is the digit of the lowest dimension.",
     "shipped_plateaus": "Of eight 28x28 digits, the shipped model's curve has a plateau for {:.0f}.",
     "shipped_mean_plateau": "Their mean curve has {:.0f} plateaus.",
 }

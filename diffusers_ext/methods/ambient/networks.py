@@ -54,8 +54,9 @@ class _Block(nn.Module):
             eps=EPS,
             dropout=dropout,
             output_scale_factor=SCALE,
-            use_in_shortcut=inputs != outputs or bool(resampling),
-            **resampling,
+            use_in_shortcut=inputs != outputs or up or down,
+            up=up,
+            down=down,
         )
         self.attention = None
         if attention:
@@ -125,8 +126,8 @@ class SongUNet2DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         fits = f"a multiple of {2**last}, by which {last + 1} levels divide it"
         require(sample_size % 2**last == 0, "sample_size", sample_size, fits)
 
-        def block(inputs: int, outputs: int, attention: bool = False, **resampling: bool) -> _Block:
-            return _Block(inputs, outputs, 4 * base_channels, dropout, attention, **resampling)
+        def block(inputs: int, outputs: int, attention: bool = False, up: bool = False, down: bool = False) -> _Block:
+            return _Block(inputs, outputs, 4 * base_channels, dropout, attention, up, down)
 
         self.time_proj = Timesteps(base_channels, flip_sin_to_cos=False, downscale_freq_shift=1)
         self.time_embedding = TimestepEmbedding(base_channels, 4 * base_channels)
@@ -181,6 +182,7 @@ class SongUNet2DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
             x = block(x, time)
             skips.append(x)
         for block in self.up:
+            assert isinstance(block, _Block)
             if block.resnet.in_channels != x.shape[1]:
                 x = torch.cat([x, skips.pop()], 1)
             x = block(x, time)
