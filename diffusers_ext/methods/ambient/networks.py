@@ -42,7 +42,7 @@ class _Block(nn.Module):
     """A residual block, and attention after it."""
 
     def __init__(
-        self, inputs: int, outputs: int, time: int, dropout: float, attention: bool, **resampling: bool
+        self, inputs: int, outputs: int, time: int, dropout: float, attention: bool, up: bool, down: bool
     ) -> None:
         super().__init__()
         self.resnet = ResnetBlock2D(
