@@ -22,6 +22,7 @@ _PUBLIC = {
     "methods.ambient.arguments": ["AmbientConfig", "AmbientTextConfig"],
     "methods.ambient.consistency": ["consistency_loss", "reverse_step"],
     "methods.ambient.levels": ["sample_sigma"],
+    "methods.ambient.networks": ["SongUNet2DModel"],
     "methods.ambient.noisy_data": ["FrozenNoise"],
     "methods.ambient.objective": [
         "add_noise_to",

@@ -36,6 +36,7 @@ from diffusers_ext import (
     SBVEScheduler,
     SDATTAPipeline,
     SGMSEUNet2DModel,
+    SongUNet2DModel,
     SpeechEnhancementPipeline,
     StableDiffusionNoiseDiffusionPipeline,
     StableDiffusionXLNoiseDiffusionPipeline,
@@ -137,6 +138,13 @@ EXAMPLES = {
             num_inference_steps=3,
             stop_at_sigma=0.5,
             output_type="pt",
+        ),
+    ],
+    "SongUNet2DModel": [
+        example(
+            lambda: SongUNet2DModel(8, 1, 1, base_channels=8, block_out_channels=(8, 12), layers_per_block=1),
+            sample=torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8),
+            timestep=torch.tensor(0.5),
         ),
     ],
     "NoiseDiffusionPipeline": [

@@ -76,7 +76,9 @@ class AmbientArguments:
         require(self.consistency_steps >= 1, "consistency_steps", self.consistency_steps, "an integer >= 1")
         bound = self.max_amplification
         require(bound is None or bound > 1, "max_amplification", bound, "a number > 1 or left out")
-        require(not config.streaming, "streaming", config.streaming, "False: noise belongs to a place in the data")
+        if added:
+            accepted = "False where noise is added here: it belongs to a place in the data, which a stream has not"
+            require(not config.streaming, "streaming", config.streaming, accepted)
         if config.noise != "gaussian" or config.noise_offset:
             found = f"{config.noise!r} and `noise_offset` {config.noise_offset}"
             raise ValueError(

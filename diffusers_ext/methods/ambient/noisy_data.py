@@ -6,6 +6,7 @@ Noise that is drawn anew in every epoch would leak the clean sample, to which it
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -112,11 +113,20 @@ class FrozenNoise:
 
         Returns:
             The file, of `4 * count * prod(shape)` bytes.
+
+        Raises:
+            ValueError: the disk has less room than that.
         """
         name = f"frozen-noise-{self.seed}-{count}x{'x'.join(map(str, shape))}.npy"
         path, size = Path(folder) / name, int(np.prod(shape))
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
+            needed, free = 4 * count * size, shutil.disk_usage(path.parent).free
+            if needed > free:
+                raise ValueError(
+                    f"`folder` must have room for the noise of {count} samples, {needed / 1e9:.3g} GB, got {folder!s} "
+                    f"with {free / 1e9:.3g} GB; without the file (`noise_file` False) it is drawn anew in every step."
+                )
             partial = path.with_suffix(f".{os.getpid()}.tmp")
             target = np.lib.format.open_memmap(partial, "w+", np.float32, (count, *shape))
             rows = max(1, CHUNK // size)

@@ -49,7 +49,8 @@ class AmbientRecipe(DenoisingRecipe[AmbientConfig]):
         if vae is not None:
             config.check_latents()
         self.task = config.make_task(self.objective, self.timesteps)
-        levels = self.data.noise_levels()
+        # A stream's levels are read with its images, and checked there.
+        levels = None if config.streaming else self.data.noise_levels()
         largest = config.sigma if levels is None else float(levels.max())
         self.task.check(self.image_scale * (largest or 0.0))
         if config.add_noise:
@@ -71,6 +72,8 @@ class AmbientRecipe(DenoisingRecipe[AmbientConfig]):
             y, levels = self.frozen(y, batch["index"])
         elif "sigma" in batch:
             levels = batch["sigma"] * self.image_scale
+            if self.config.streaming:
+                self.task.check(float(levels.max()))
         else:
             assert self.config.sigma is not None
             levels = torch.full((len(y),), self.config.sigma * self.image_scale, device=y.device)

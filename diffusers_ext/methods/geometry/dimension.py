@@ -22,7 +22,7 @@ from .gauge import SteinResidual
 from .jacobian import probes_at
 from .likelihood import log_likelihood
 
-__all__ = ["LocalDimension", "find_plateau", "local_dimension", "rank_by_dimension"]
+__all__ = ["LocalDimension", "find_plateau", "local_dimension", "rank_by_dimension", "slope_errors"]
 
 Method = Literal["dsm", "trace", "flipd", "normal_bundle", "lidl", "flow_map"]
 METHODS = ("dsm", "trace", "flipd", "normal_bundle", "lidl", "flow_map")
@@ -39,7 +39,8 @@ class LocalDimension:
         curve: `(images, sigmas)` float64.
         standard_error: the same shape, from the random draws; NaN where the method has none.
         masked: `(sigmas,)` bool: levels at which the field is no score, by the Stein residual of a data set.
-        plateau: the sigma of each image's plateau, `None` where the curve has none; then the curve is the answer.
+        plateau: the sigma of each image's plateau, `None` where the curve has none, or, by `"dsm"`, where it may be
+            flat by the chance of the draws; then the curve is the answer.
         value: the dimension there, or `None`.
     """
 
@@ -52,7 +53,11 @@ class LocalDimension:
 
 
 def find_plateau(
-    sigmas: torch.Tensor, curve: torch.Tensor, dim: int, masked: torch.Tensor | None = None
+    sigmas: torch.Tensor,
+    curve: torch.Tensor,
+    dim: int,
+    masked: torch.Tensor | None = None,
+    slope_error: torch.Tensor | None = None,
 ) -> tuple[float, float] | None:
     """Finds where a curve of dimension over sigma is flattest.
 
@@ -61,6 +66,8 @@ def find_plateau(
         curve: `(sigmas,)`.
         dim: values a sample, D.
         masked: `(sigmas,)` bool, levels that do not count.
+        slope_error: `(sigmas,)` standard errors of the slopes, twice which are added to them: a few random draws make
+            some curves flat by chance.
 
     Returns:
         Sigma and dimension where |d ln LID / d ln sigma| is least among 0.5 < LID < 0.9 D, or `None` if it is 0.2 or
@@ -82,6 +89,8 @@ def find_plateau(
         raise ValueError(f"`sigmas` and `curve` must be tensors of one shape (sigmas,), got {shapes}.")
     if masked is not None and (masked.dtype != torch.bool or masked.shape != sigmas.shape):
         raise ValueError(f"`masked` must be bool of the shape {tuple(sigmas.shape)}, got {masked!r}.")
+    if slope_error is not None and slope_error.shape != sigmas.shape:
+        raise ValueError(f"`slope_error` must have the shape {tuple(sigmas.shape)}, got {tuple(slope_error.shape)}.")
     if dim < 1:
         raise ValueError(f"`dim` must be an integer >= 1, got {dim!r}.")
     if len(sigmas) < 2:
@@ -91,9 +100,26 @@ def find_plateau(
     if masked is not None:
         counted &= ~masked.cpu()
     slope = torch.gradient(curve.clamp(min=1e-12).log(), spacing=(sigmas.log(),))[0].abs()
+    if slope_error is not None:
+        slope = slope + 2 * slope_error.double().cpu()
     slope = torch.where(counted, slope, math.inf)
     best = int(slope.argmin())
     return (sigmas[best].item(), curve[best].item()) if slope[best] < FLAT else None
+
+
+def slope_errors(levels: Sequence[float], draws: torch.Tensor) -> torch.Tensor:
+    """Returns the standard errors of d ln LID / d ln sigma, `(images, sigmas)`, from draws that levels have in common.
+
+    Args:
+        levels: rising noise levels.
+        draws: `(images, draws, sigmas)`, whose means over draws are the dimensions.
+    """
+    relative = draws / draws.mean(1, keepdim=True).clamp(min=1e-12)
+    if len(levels) < 2:
+        return torch.zeros_like(draws[:, 0])
+    spacing = torch.tensor(levels, dtype=draws.dtype).log()
+    slopes = torch.gradient(relative, spacing=(spacing,), dim=2)[0]
+    return slopes.std(1) / draws.shape[1] ** 0.5
 
 
 def local_dimension(
@@ -151,6 +177,7 @@ def local_dimension(
         raise ValueError("`residual` must be a SteinResidual of the same sigmas as the dimension.")
     check_tolerance(tol)
     seeds = image_seeds(len(x), generator)
+    flatness = torch.zeros(len(x), len(levels), dtype=torch.float64)
     if method == "lidl":
         curve = _lidl(field, x, levels, draws, batch_size, seeds, tol)
         error = torch.full_like(curve, math.nan)
@@ -161,6 +188,7 @@ def local_dimension(
         moments = [denoising_moments(field, x, sigma, seeds, draws, batch_size) for sigma in levels]
         curve, residuals = (torch.stack([pair[k].mean(1) for pair in moments], 1) for k in (0, 1))
         error = torch.stack([pair[0].std(1) / draws**0.5 for pair in moments], 1)
+        flatness = slope_errors(levels, torch.stack([pair[0] for pair in moments], 2))
         if residual is None and len(x) > 1:
             residual = SteinResidual.of_draws(levels, residuals, curve)
     else:
@@ -169,7 +197,7 @@ def local_dimension(
         curve, error = (torch.stack(found, 1) for found in zip(*columns, strict=True))
     of = torch.tensor(levels, dtype=torch.float64)
     masked = residual.masked if residual is not None else torch.zeros(len(levels), dtype=torch.bool)
-    found = [find_plateau(of, row, dim, masked) for row in curve]
+    found = [find_plateau(of, row, dim, masked, more) for row, more in zip(curve, flatness, strict=True)]
     plateaus, values = ([None if f is None else f[k] for f in found] for k in (0, 1))
     return LocalDimension(of, curve, error, masked, plateaus, values)
 

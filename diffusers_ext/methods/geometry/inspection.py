@@ -22,7 +22,7 @@ from diffusers_ext.hub.loading import checked_folder
 from diffusers_ext.rng import mix
 from diffusers_ext.training.config import check_types, described, require
 
-from .dimension import LARGEST, local_dimension
+from .dimension import LARGEST, local_dimension, slope_errors
 from .draws import default_sigmas, denoising_moments, image_seeds, rows_of
 from .gauge import TestFunctions, weak_terms
 from .jacobian import probes_at, vector_jacobian
@@ -203,7 +203,7 @@ def measure(
         if name == "dsm":
             moments = [denoising_moments(field_, x, sigma, seeds, draws, size) for sigma in sigmas]
             found["dsm"] = [errors.mean().item() for errors, _ in moments]
-            found["dsm_error"] = [errors.std().item() / draws**0.5 for errors, _ in moments]
+            found["slope_error"] = slope_errors(sigmas, torch.stack([errors for errors, _ in moments], 2))[0].tolist()
             found["stein"] = [residuals.mean().item() for _, residuals in moments]
         elif name == "gauge":
             functions = TestFunctions(x[0].numel(), config.seed)

@@ -78,18 +78,29 @@ class _Traces:
 
 
 def _rk45(traces: _Traces, y: torch.Tensor, low: float, high: float, tol: float) -> tuple[torch.Tensor, float]:
-    shape = y.shape
+    r"""Solves for \(z = y \cos\varphi\) over the angle \(\varphi = \arctan\sigma\), and for its density.
 
-    def slope(sigma: float, state: np.ndarray) -> np.ndarray:
-        at = torch.from_numpy(state[:-1]).to(y).view(shape)
-        seen, trace = traces(at, float(sigma))
-        return np.append(seen.double().cpu().numpy().ravel(), trace)
+    z keeps the scale of the data up to noise, whatever the schedule, and its slope is the v-prediction, so that steps
+    may be long at both ends: \(dz/d\varphi = (E - z \sin\varphi) / \cos\varphi\).
+    """
+    shape, dim = y.shape, y.numel()
 
-    start = np.append(y.double().cpu().numpy().ravel(), 0.0)
-    result: Any = solve_ivp(slope, (low, high), start, method="RK45", rtol=tol, atol=tol)
+    def slope(angle: float, state: np.ndarray) -> np.ndarray:
+        cosine, sine = math.cos(angle), math.sin(angle)
+        z = state[:-1]
+        at = torch.from_numpy(z / cosine).to(y).view(shape)
+        seen, trace = traces(at, min(max(math.tan(angle), low), high))
+        eps = seen.double().cpu().numpy().ravel()
+        return np.append((eps - z * sine) / cosine, trace / cosine**2 - dim * sine / cosine)
+
+    ends = math.atan(low), math.atan(high)
+    start = np.append(y.double().cpu().numpy().ravel() * math.cos(ends[0]), 0.0)
+    result: Any = solve_ivp(slope, ends, start, method="RK45", rtol=tol, atol=tol)
     if not result.success:
         return torch.full_like(y, math.nan), math.nan
-    return torch.from_numpy(result.y[:-1, -1]).to(y).view(shape), float(result.y[-1, -1])
+    squeezed = dim * math.log(math.cos(ends[0]) / math.cos(ends[1]))  # density of y against that of z
+    end = torch.from_numpy(result.y[:-1, -1] / math.cos(ends[1])).to(y).view(shape)
+    return end, float(result.y[-1, -1]) + squeezed
 
 
 def _heun(traces: _Traces, y: torch.Tensor, sigmas: list[float]) -> tuple[torch.Tensor, float]:
@@ -121,9 +132,9 @@ def log_likelihood(
 ) -> LogLikelihood:
     r"""Computes log-likelihoods by the probability flow.
 
-    `"rk45"` is Dormand-Prince 5(4) in sigma (SciPy's), which controls y and log p together; the network must take
-    fractional timesteps. `"heun"` uses the scheduler's own levels nearest to log-spaced sigmas, steps in sigma and
-    sums the trace in log sigma; it needs twice the calls, or more.
+    `"rk45"` is Dormand-Prince 5(4) (SciPy's) in the angle arctan(sigma), which controls sample and log p together;
+    the network must take fractional timesteps. `"heun"` uses the scheduler's own levels nearest to log-spaced sigmas,
+    steps in sigma and sums the trace in log sigma; it needs three times the calls, or more.
 
     Args:
         field: the denoiser.

@@ -77,7 +77,8 @@ def summary(records: list[dict[str, Any]], sigmas: list[float], dim: int) -> Ins
             "ratio_error": error.tolist(),
             "no_score": masked.tolist(),
         }
-        _dimension(figures, lines, "dsm", of, curves, dim, masked)
+        slopes = torch.tensor([r["slope_error"] for r in records], dtype=torch.float64)
+        _dimension(figures, lines, "dsm", of, curves, dim, masked, slopes)
         lines.append("   sigma    dimension (dsm)   Stein residual / loss")
         for k, sigma in enumerate(sigmas):
             note = "  no score" if bool(masked[k]) else ""
@@ -134,8 +135,11 @@ def _dimension(
     curves: torch.Tensor,
     dim: int,
     masked: torch.Tensor | None,
+    slope_errors: torch.Tensor | None = None,
 ) -> None:
-    mean, own = curves.mean(0), [find_plateau(sigmas, curve, dim, masked) for curve in curves]
+    errors = [None] * len(curves) if slope_errors is None else slope_errors
+    mean = curves.mean(0)
+    own = [find_plateau(sigmas, curve, dim, masked, more) for curve, more in zip(curves, errors, strict=True)]
     flat = find_plateau(sigmas, mean, dim, masked)
     figures["dimension"][name] = {
         "sigmas": sigmas.tolist(),

@@ -166,6 +166,11 @@ def test_frozen_noise_belongs_to_the_index(tmp_path):
         )
     stamp = path.stat().st_mtime_ns
     assert filed.draw_once(tmp_path, 12, (1, 4, 3)).stat().st_mtime_ns == stamp  # taken as it is
+    with pytest.raises(
+        ValueError, match=r"room for the noise of 1000000000000 samples, 1.64e\+07 GB, got .* GB; with"
+    ):
+        filed.draw_once(tmp_path, 10**12, (1, 64, 64))
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_frozen_noise_is_standard_normal_and_independent():

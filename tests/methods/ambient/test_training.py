@@ -175,6 +175,27 @@ def test_the_step_is_the_loss_of_the_noisy_images_by_hand(folder, tmp_path):
     assert weight.tolist() == pytest.approx(parts, abs=2e-3)
 
 
+def test_a_stream_brings_its_noise_and_its_levels(folder, tmp_path):
+    rng, rows = np.random.default_rng(0), []
+    (tmp_path / "data").mkdir()
+    for i in range(6):
+        values = rng.standard_normal((8, 8)).astype(np.float32)
+        Image.fromarray(values).save(tmp_path / "data" / f"{i}.tiff")
+        rows.append({"file_name": f"{i}.tiff", "sigma": 0.3 * (i % 2), "many": 200.0 * (i % 2)})
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    changes = {"train_data_dir": str(tmp_path / "data"), "streaming": True, "max_train_steps": 2}
+    recipe, seen = AmbientRecipe(config(folder, tmp_path / "out", **changes)), []
+    noisy = recipe.noisy
+    recipe.noisy = lambda sample, batch, ctx: seen.append((sample.x0, found := noisy(sample, batch, ctx))) or found
+    Trainer(recipe.config, recipe).train()
+    for x0, (y, levels) in seen:
+        assert torch.equal(y, x0)  # nothing is added or clipped
+        assert y.abs().max() > 1
+        assert {round(level, 4) for level in levels.tolist()} == {0.0, 0.3}
+    with pytest.raises(ValueError, match=r"below the largest noise level of the schedule, 157.4, got 200"):
+        train(config(folder, tmp_path / "no", **changes, sigma_column="many", prediction_type="epsilon"))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_added_noise_is_the_same_in_epochs_resumes_and_without_its_file(folder, tmp_path, workers):
     changes = {"train_data_dir": str(folder / "clean.npz"), "sigma_column": None, "value_range": None, "sigma": 0.3}
@@ -249,7 +270,8 @@ def test_models_of_latents_and_of_other_scales_are_fine_tuned(folder, tmp_path):
         ({"consistency_every": "never"}, r"`consistency_every` must be one of \['below', 'all'\]"),
         ({"max_amplification": 1.0}, "`max_amplification` must be a number > 1"),
         ({"weighting": "omni"}, r"`weighting` must be one of \['paper', 'uniform'\]"),
-        ({"streaming": True}, "`streaming` must be False: noise belongs to a place in the data"),
+        ({"streaming": True, "add_noise": True, "value_range": None},
+         "`streaming` must be False where noise is added here: it belongs to a place in the data"),
         ({"noise": "knn"}, "`noise` must be 'gaussian' without `noise_offset`, got 'knn'"),
         ({"noise_offset": 0.1}, "`noise` must be 'gaussian' without `noise_offset`, got 'gaussian' and"),
         ({"augmentation": "flip,rotate"}, r"`augmentation` must be of \['flip', 'turn', 'roll'\], got \['rotate'\]"),

@@ -15,7 +15,7 @@ from diffusers_ext import (
     rank_by_dimension,
     stein_residual,
 )
-from diffusers_ext.methods.geometry.dimension import normal_bundle_values
+from diffusers_ext.methods.geometry.dimension import normal_bundle_values, slope_errors
 from tests.methods.geometry.gaussian import (
     PLANE,
     TIMES,
@@ -190,6 +190,27 @@ def test_masked_levels_hold_no_plateau():
     assert find_plateau(sigmas, curve, 64, torch.ones(25, dtype=torch.bool)) is None
     assert find_plateau(sigmas[:1], curve[:1], 64) is None
     assert find_plateau(sigmas, torch.full((25,), 60.0), 64) is None
+
+
+def test_curves_that_are_flat_by_chance_have_no_plateau():
+    """Sixty-four dimensions whose number falls as sigma^-0.4, seen by four draws an image."""
+    sigmas = torch.logspace(-1, 1, 25, dtype=torch.float64)
+    draws = torch.randn(400, 4, 24, generator=seeded(), dtype=torch.float64).square()
+    wanted = 24 * (sigmas / sigmas[0]) ** -0.4
+    # In 24 directions of error 1, whose weights move from one to the next, so that levels differ in their chance.
+    weights = torch.softmax(-((torch.arange(24.0) - 12 * (1 + sigmas.log10())[:, None]) ** 2) / 8, 1).double()
+    rows = wanted * (draws @ weights.T)
+    errors = slope_errors(sigmas.tolist(), rows)
+    slopes = torch.gradient(rows.mean(1).log(), spacing=(sigmas.log(),), dim=1)[0]
+    assert ((slopes + 0.4) / errors).square().mean().sqrt() < 2.5  # of 3 degrees of freedom
+    blind = sum(find_plateau(sigmas, row, 64) is not None for row in rows.mean(1))
+    told = sum(
+        find_plateau(sigmas, row, 64, None, error) is not None for row, error in zip(rows.mean(1), errors, strict=True)
+    )
+    assert blind > 200
+    assert told < blind / 4
+    with pytest.raises(ValueError, match=r"`slope_error` must have the shape \(25,\), got \(2,\)"):
+        find_plateau(sigmas, rows.mean(1)[0], 64, None, torch.ones(2))
 
 
 def test_masks_come_from_the_data_set(field):
