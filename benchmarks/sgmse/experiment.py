@@ -5,7 +5,8 @@
 A small network that predicts clean speech is trained on prompts in three languages with coloured noise and music
 (sets.py has the data). It is tested on held-out prompts with noise, on them with held-out music, and on unseen
 speakers: noisy, after a classical Wiener filter, and enhanced by one call of the network, by 5 ancestral transitions,
-and by the authors' predictor and corrector with 30 steps, 60 calls. The run goes on where it was stopped.
+and on the noise by the authors' predictor and corrector with 30 steps, 60 calls. Training is in mixed precision, bfloat16,
+which takes half the time where the processor has matrix units for it. The run goes on where it was stopped.
 """
 
 import argparse
@@ -85,8 +86,8 @@ def trained(seed, folder, steps):
             hop_length=64, num_frames=64, unet_config=str(folder / "unet.json"), prediction_type="sample",
             algorithm="transitions", train_batch_size=6, max_train_steps=steps, learning_rate=2e-3,
             lr_scheduler="cosine", lr_warmup_steps=min(100, steps // 10), ema_decay=0.995, seed=seed,
-            checkpointing_steps=1000, checkpoints_total_limit=2, num_validation_images=0, logging_steps=100,
-            resume_from_checkpoint="latest",
+            checkpointing_steps=1000, checkpoints_total_limit=1, num_validation_images=0, logging_steps=100,
+            mixed_precision="bf16", resume_from_checkpoint="latest",
         )  # fmt: skip
         Trainer(config, SGMSERecipe(config)).train()
     return SpeechEnhancementPipeline.from_pretrained(output)
@@ -135,6 +136,8 @@ def run_seed(seed, folder, sets, steps):
         clean, noisy = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         found[name] = {}
         for method, enhance in methods.items():
+            if method == "pc_30" and name != "noise":
+                continue  # twelve times the calls
             values = [measured(a, b) for a, b in zip(enhance(noisy), clean, strict=True)]
             found[name][method] = {measure: float(np.mean([v[measure] for v in values])) for measure in MEASURES}
             print(seed, name, method, found[name][method], flush=True)
@@ -164,12 +167,12 @@ def main():
         values = [found[name]["ancestral_5"][measure] - found[name][other][measure] for found in seeds]
         figures[key] = figure(statistics.mean(values), "difference", GOALS.get(key), spread(values))
     for name in sets:
-        for method in METHODS:
+        for method in seeds[0][name]:
             for measure in MEASURES:
                 values = [found[name][method][measure] for found in seeds]
                 unit = "dB" if measure == "si_sdr" else "score"
                 figures[f"{measure}_{name}_{method}"] = figure(statistics.mean(values), unit, spread=spread(values))
-    rows = {f"{name}_{method}": f"{name}: {title}" for name in sets for method, title in METHODS.items()}
+    rows = {f"{name}_{method}": f"{name}: {METHODS[method]}" for name in sets for method in seeds[0][name]}
     table = {"of": "test set and method", "rows": rows, "columns": MEASURES}
     command = "python -m benchmarks.sgmse.experiment"
     write_result("sgmse/experiment", command, figures, arguments.seeds, time.perf_counter() - start, table, SAYS)
