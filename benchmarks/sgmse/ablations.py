@@ -2,9 +2,9 @@
 
     python -m benchmarks.sgmse.ablations --packages runs/sgmse/packages     # about forty minutes on a core
 
-Network, data and test are those of the experiment, with less than half of its training. The kinds of prediction and the
-bridge are tested on held-out prompts with noise; what is trained on rooms, on held-out prompts in rooms that it has not
-seen. The run goes on where it was stopped.
+Network, data and test are those of the experiment, with less than half of its training. The kinds of prediction and
+the bridge are tested on held-out prompts with noise; what is trained on rooms, on held-out prompts in rooms that it
+has not seen. The run goes on where it was stopped.
 """
 
 import argparse

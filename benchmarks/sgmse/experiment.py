@@ -5,8 +5,8 @@
 A small network that predicts clean speech is trained on prompts in three languages with coloured noise and music
 (sets.py has the data). It is tested on held-out prompts with noise, on them with held-out music, and on unseen
 speakers: noisy, after a classical Wiener filter, and enhanced by one call of the network, by 5 ancestral transitions,
-and on the noise by the authors' predictor and corrector with 30 steps, 60 calls. Training is in mixed precision, bfloat16,
-which takes half the time where the processor has matrix units for it. The run goes on where it was stopped.
+and on the noise by the authors' predictor and corrector with 30 steps, 60 calls. Training is in bfloat16, which takes
+half the time where the processor has matrix units for it. The run goes on where it was stopped.
 """
 
 import argparse

@@ -19,7 +19,8 @@ from diffusers_ext.training.recipe import Context, Modules, Recipe, StepOutput
 
 from .data import MixedSpeech, PairedSpeech
 from .pipeline import SpeechEnhancementPipeline, as_channels, as_complex
-from .scheduler_ouve import OUVEScheduler, broadcast
+from .scheduler import broadcast
+from .scheduler_ouve import OUVEScheduler
 from .scheduler_sbve import SBVEScheduler
 from .spectrogram import Spectrogram
 from .unet import SGMSEUNet2DModel
