@@ -81,7 +81,7 @@ _PUBLIC = {
     ],
     "metrics.frechet": ["GaussianStatistics", "frechet_distance"],
     "metrics.kernel": ["kernel_distance", "mmd2", "polynomial_kernel", "rational_quadratic_kernel", "rbf_kernel"],
-    "metrics.speech": ["EnergyRatios", "energy_ratios", "estoi", "pesq_score", "si_sdr"],
+    "metrics.speech": ["DNSMOS", "EnergyRatios", "dnsmos", "energy_ratios", "estoi", "pesq_score", "si_sdr"],
     "methods.mmd_ddm.chain": ["differentiable_sample"],
     "methods.mmd_ddm.features": ["FeatureSpace"],
     "methods.mmd_ddm.recipe": ["MMDDDMConfig", "MMDDDMRecipe"],
