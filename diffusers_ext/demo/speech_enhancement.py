@@ -1,0 +1,51 @@
+"""The panel of speech enhancement."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from scipy.signal import butter, sosfilt
+
+from diffusers_ext.data.assets import ASSETS
+from diffusers_ext.data.audio import read_audio, resample, write_audio
+from diffusers_ext.metrics.speech import si_sdr
+
+from .drawing import saved, titled
+
+__all__ = ["speech_enhancement"]
+
+SNR = 5  # dB
+
+
+def speech_enhancement(output_dir: Path) -> Path:
+    """Adds noise to a sentence and takes it out again by five calls of a network that never heard the speaker."""
+    print("Loading a speech enhancer of 8 kHz")
+    pipeline: Any = DiffusionPipeline.from_pretrained(ASSETS / "speech-enhancement")
+    pipeline.set_progress_bar_config(disable=True)
+    rate = pipeline.config["sample_rate"]
+    wave, given = read_audio(ASSETS / "speech" / "sentence-1.flac")
+    high_pass = butter(4, 100, "highpass", fs=rate, output="sos")  # below is no speech
+    clean, noise = (sosfilt(high_pass, w) for w in (resample(wave[0], given, rate), _noise(len(wave[0]))))
+    noise = noise[: len(clean)]
+    noisy = clean + noise * np.linalg.norm(clean) / np.linalg.norm(noise) * 10 ** (-SNR / 20)
+    call = {"sample_rate": rate, "num_inference_steps": 5, "generator": torch.Generator().manual_seed(0)}
+    enhanced = pipeline(noisy, **call).audios[0]
+    sounds, gain = {"noisy": noisy, "enhanced": enhanced, "clean": clean}, np.abs(noisy).max()
+    for name in ("noisy", "enhanced"):
+        write_audio(output_dir / f"speech-{name}.wav", 0.9 * sounds[name] / gain, rate)
+    before, after = si_sdr(noisy, clean), si_sdr(enhanced, clean)
+    print(f"A sentence of an unseen speaker in noise, SI-SDR: noisy {before:.2f} dB, enhanced {after:.2f} dB")
+    print(f"To listen: {output_dir / 'speech-noisy.wav'}, {output_dir / 'speech-enhanced.wav'}")
+    titles = {"noisy": f"noisy, {before:.1f} dB", "enhanced": f"5 calls, {after:.1f} dB", "clean": "clean"}
+    images = {titles[name]: pipeline.spectrogram.image(torch.from_numpy(w / gain)) for name, w in sounds.items()}
+    return saved(titled(images, 1), output_dir / "speech_enhancement.png", {"noisy": before, "enhanced": after})
+
+
+def _noise(samples: int) -> np.ndarray:
+    """Noise that falls with the root of the frequency, as between white and that of a machine."""
+    spectrum = np.fft.rfft(np.random.default_rng(0).standard_normal(samples))
+    return np.fft.irfft(spectrum / np.sqrt(np.arange(len(spectrum)).clip(1)), samples)
