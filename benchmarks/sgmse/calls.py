@@ -51,14 +51,14 @@ OTHERS = {
 
 
 def by_rnnoise(wave):
-    """Enhances at 48 kHz, frame by frame; its output is one frame late."""
+    """Enhances at 48 kHz, frame by frame; its output is two frames late."""
     fast, size = resample(wave, RATE, 48000), rnnoise.FRAME_SIZE
     gain = max(1.0, float(np.abs(fast).max()))
-    frames = np.pad(fast / gain, (0, 2 * size - len(fast) % size)).reshape(-1, size)
+    frames = np.pad(fast / gain, (0, 3 * size - len(fast) % size)).reshape(-1, size)
     state = rnnoise.create()
     found = np.concatenate([rnnoise.process_mono_frame(state, frame)[0] for frame in frames])
     rnnoise.destroy(state)
-    found = found[size : size + len(fast)].astype(np.float32) / 32768 * gain
+    found = found[2 * size :][: len(fast)].astype(np.float32) / 32768 * gain
     return resample(found, 48000, RATE)[: len(wave)]
 
 

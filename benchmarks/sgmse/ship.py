@@ -57,7 +57,7 @@ def main():
         description="Takes noise from speech at 8 kHz in 5 calls of a network of 1.1 million weights, by SGMSE+ with "
         "transitions. It is small, and has heard three voices: a demonstration of the parts, not a product.",
         data="Prompts of Asterisk in English, French and Italian (Debian packages asterisk-core-sounds-en-wav, "
-        "-fr-wav and -it-wav, CC BY-SA 3.0), with computed noise, and music of asterisk-moh-opsound-wav (CC BY-SA 3.0).",
+        "-fr-wav and -it-wav, CC BY-SA 3.0), with computed noise and music of asterisk-moh-opsound-wav.",
         license="cc-by-sa-3.0",
         tags=["diffusers-ext", "speech-enhancement", "audio-to-audio"],
         paper="https://arxiv.org/abs/2208.05830",
