@@ -30,15 +30,14 @@ CALLS = (1, 2, 5, 10, 30)
 LISTEN = 3  # which sentence of the unseen speakers; noise falls with the root of the frequency, 5 dB
 SOUNDS = RESULTS.parents[1] / "docs" / "sounds"
 SAYS = {
-    r"(noise|music|unseen)_more_calls_si_sdr": "On the set \\1, 30 transitions are {} dB of SI-SDR ahead of 5.",
-    r"(noise|music|unseen)_(estoi|pesq)_over_spectral_gating": (
-        "On the set \\1, 5 transitions are {} ahead of spectral gating in \\2."
-    ),
-    r"(noise|music|unseen)_si_sdr_over_spectral_gating": (
-        "On the set \\1, 5 transitions are {} dB of SI-SDR ahead of spectral gating."
-    ),
-    r"(noise|music|unseen)_(estoi|pesq)_over_rnnoise": "On the set \\1, they are {} ahead of RNNoise in \\2.",
-    r"(noise|music|unseen)_si_sdr_over_rnnoise": "On the set \\1, they are {} dB of SI-SDR ahead of RNNoise.",
+    r"(\w+)_more_calls_si_sdr": "Set \\1: 30 transitions are {} dB of SI-SDR ahead of 5.",
+    r"(\w+)_more_calls_pesq": "Set \\1: 30 transitions are {} of PESQ ahead of 5.",
+    r"(\w+)_si_sdr_over_spectral_gating": "Set \\1: 5 transitions are {} dB of SI-SDR ahead of spectral gating.",
+    r"(\w+)_estoi_over_spectral_gating": "Set \\1: they are {} of ESTOI ahead of spectral gating.",
+    r"(\w+)_pesq_over_spectral_gating": "Set \\1: they are {} of PESQ ahead of spectral gating.",
+    r"(\w+)_si_sdr_over_rnnoise": "Set \\1: they are {} dB of SI-SDR ahead of RNNoise.",
+    r"(\w+)_estoi_over_rnnoise": "Set \\1: they are {} of ESTOI ahead of RNNoise.",
+    r"(\w+)_pesq_over_rnnoise": "Set \\1: they are {} of PESQ ahead of RNNoise.",
 }
 GATED = "spectral_gating"
 OTHERS = {
@@ -116,8 +115,9 @@ def main():
     figures, rows = {}, {}
     for name in sets:
         ours = found[f"{name}_calls_5"]
-        gain = found[f"{name}_calls_30"]["si_sdr"] - ours["si_sdr"]
-        figures[f"{name}_more_calls_si_sdr"] = figure(gain, "difference")
+        for measure in ("si_sdr", "pesq"):
+            gain = found[f"{name}_calls_30"][measure] - ours[measure]
+            figures[f"{name}_more_calls_{measure}"] = figure(gain, "difference")
         for other in (GATED, "rnnoise"):
             for measure in MEASURES:
                 ahead = ours[measure] - found[f"{name}_{other}"][measure]

@@ -66,11 +66,16 @@ OPEN = ["noise_si_sdr_over_wiener", "noise_pesq_over_wiener", "noise_si_sdr_over
 OPEN += ["music_estoi_over_noisy", "music_pesq_over_noisy", "unseen_si_sdr_over_noisy", "unseen_estoi_over_noisy"]
 OPEN += ["unseen_estoi_over_wiener"]
 SAYS = {
-    r"(noise|music|unseen)_si_sdr_over_noisy": "On the set \\1, 5 transitions gain {} dB of SI-SDR.",
-    r"(noise|music|unseen)_(estoi|pesq)_over_noisy": "On the set \\1, 5 transitions gain {} of \\2.",
-    r"(noise|music|unseen)_(si_sdr|estoi|pesq)_over_wiener": "On the set \\1, they are {} ahead of Wiener in \\2.",
-    r"(noise|music|unseen)_(si_sdr|estoi|pesq)_over_one_call": "On the set \\1, they are {} ahead of one call in \\2.",
-    r"(noise|music|unseen)_(si_sdr|estoi|pesq)_over_pc_30": "On the set \\1, they are {} ahead of 60 calls in \\2.",
+    r"(\w+)_si_sdr_over_noisy": "Set \\1: 5 transitions gain {} dB of SI-SDR over the recording.",
+    r"(\w+)_estoi_over_noisy": "Set \\1: they gain {} of ESTOI.",
+    r"(\w+)_pesq_over_noisy": "Set \\1: they gain {} of PESQ.",
+    r"(\w+)_si_sdr_over_wiener": "Set \\1: they are {} dB of SI-SDR ahead of the Wiener filter.",
+    r"(\w+)_estoi_over_wiener": "Set \\1: they are {} of ESTOI ahead of the Wiener filter.",
+    r"(\w+)_pesq_over_wiener": "Set \\1: they are {} of PESQ ahead of the Wiener filter.",
+    r"(\w+)_si_sdr_over_one_call": "Set \\1: they are {} dB of SI-SDR ahead of one call.",
+    r"(\w+)_estoi_over_one_call": "Set \\1: they are {} of ESTOI ahead of one call.",
+    r"(\w+)_si_sdr_over_pc_30": "Set \\1: they are {} dB of SI-SDR ahead of 60 calls of predictor and corrector.",
+    r"(\w+)_pesq_over_pc_30": "Set \\1: they are {} of PESQ ahead of 60 calls of predictor and corrector.",
 }
 
 
