@@ -36,9 +36,9 @@ BRIDGE = {
 VARIANTS = {
     "sample": ({}, WAYS),
     "epsilon": ({"unet": PLAIN, "prediction_type": "epsilon"}, WAYS),
-    "score": ({"unet": {**PLAIN, "divide_by_time": "before"}, "prediction_type": "score"}, WAYS),
     "bridge": ({"process": "sbve", "algorithm": None}, BRIDGE),
     "rooms": ({"noise_dir": None, "reverberation": True}, {k: WAYS[k] for k in ("one_call", "transitions_5")}),
+    "score": ({"unet": {**PLAIN, "divide_by_time": "before"}, "prediction_type": "score"}, WAYS),
 }
 TITLES = {
     "noisy": "as recorded",
@@ -51,7 +51,7 @@ TITLES = {
 # Written before the run.
 GOALS = {f"rooms_{measure}_gain": ">= 0" for measure in MEASURES}
 SAYS = {
-    r"(sample|epsilon|score)_one_call_si_sdr_gain": "A network that predicts the \\1 gains {} dB of SI-SDR in one call.",
+    r"(sample|epsilon|score)_one_call_si_sdr_gain": "Predicting the \\1, one call gains {} dB of SI-SDR.",
     r"(sample|epsilon|score)_transitions_5_si_sdr_gain": "Predicting the \\1, 5 transitions gain {} dB of SI-SDR.",
     r"(sample|epsilon|score)_pc_30_si_sdr_gain": "Predicting the \\1, 60 calls gain {} dB of SI-SDR.",
     r"bridge_one_call_si_sdr_gain": "The bridge gains {} dB of SI-SDR in one call.",
