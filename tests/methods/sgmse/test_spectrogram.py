@@ -60,7 +60,7 @@ def test_picture_of_a_tone():
     t = torch.arange(4000) / 8000
     image = np.asarray(Spectrogram(8000, 62, 16).image(torch.sin(2 * torch.pi * 8 * 8000 / 62 * t)))
     assert image.shape == (32, 251)
-    assert (image.argmax(axis=0) == 31 - 8).all()
+    inner = image[:, 3:-3].astype(float)  # at the ends the sine is reflected
     level = 255 * 0.15 * (62 / 4) ** 0.5  # half the sum of the window, in the compressed scale
-    assert image[31 - 8, 10:-10].astype(float) == pytest.approx(level, abs=1.5)
-    assert image[:16].max() < 10
+    assert inner[31 - 8] == pytest.approx(level, abs=1.5)
+    assert np.delete(inner, [30 - 8, 31 - 8, 32 - 8], axis=0).max() < 20
