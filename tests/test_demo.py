@@ -64,7 +64,7 @@ def test_demo_loads_draws_measures_finetunes_and_reloads(tmp_path):
     source, adapted = map(float, re.search(r"right: source ([\d.]+), adapted ([\d.]+)", text).groups())
     assert adapted > source + 0.15
     assert (tmp_path / "sda.png").is_file()
-    noisy, enhanced = map(float, re.search(r"SI-SDR: noisy ([\d.]+) dB, enhanced ([\d.]+) dB", text).groups())
+    noisy, enhanced = map(float, re.search(r"SI-SDR: noisy (-?[\d.]+) dB, after 1 call ([\d.]+) dB", text).groups())
     assert enhanced > noisy + 1
     for name in ("noisy", "enhanced"):
         assert wavfile.read(tmp_path / f"speech-{name}.wav")[1].std() > 300

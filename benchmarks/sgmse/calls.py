@@ -28,6 +28,7 @@ from diffusers_ext.demo.drawing import titled
 
 CALLS = (1, 2, 5, 10, 30)
 LISTEN = 3  # which sentence of the unseen speakers; noise falls with the root of the frequency, 5 dB
+SECONDS = 4
 SOUNDS = RESULTS.parents[1] / "docs" / "sounds"
 SAYS = {
     r"(\w+)_more_calls_si_sdr": "Set \\1: 30 transitions are {} dB of SI-SDR ahead of 5.",
@@ -78,15 +79,15 @@ def others():
 
 def listen(pipeline, pair):
     """Keeps a sentence as it was spoken, as it was recorded and as it was enhanced, and draws them."""
-    clean, noisy = pair
+    clean, noisy = (wave[: SECONDS * RATE] for wave in pair)
     sounds = {"clean": clean, "noisy": noisy, "wiener": wiener(noisy)}
-    sounds["one-call"] = way(pipeline, 0, 1, algorithm="transitions")([noisy])[0]
-    sounds["five-transitions"] = way(pipeline, 0, 5, algorithm="transitions")([noisy])[0]
+    sounds["1-call"] = way(pipeline, 0, 1, algorithm="transitions")([noisy])[0]
+    sounds["5-transitions"] = way(pipeline, 0, 5, algorithm="transitions")([noisy])[0]
     gain = np.abs(noisy).max()
     for name, wave in sounds.items():
         write_audio(SOUNDS / f"sgmse-{name}.flac", 0.9 * wave / gain, RATE, "PCM_16")
     images = {
-        name.replace("-", " "): pipeline.spectrogram.image(torch.from_numpy(wave / gain))
+        name.replace("-", " "): pipeline.spectrogram.image(torch.from_numpy(wave[: 2 * RATE] / gain))
         for name, wave in sounds.items()
     }
     picture = titled(images, scale=1)

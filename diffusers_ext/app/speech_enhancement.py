@@ -32,7 +32,9 @@ def tab() -> None:
             # As a path: Gradio would read it with ffmpeg.
             recording = gr.Audio(label=RECORDING, sources=["upload", "microphone"], type="filepath", buttons=[])
             gr.Examples([str(EXAMPLES / "speech-noisy.flac")], recording, label="Example: a sentence in noise")
-            steps = gr.Slider(1, 30, 5, step=1, label="Calls of the network")
+            steps = gr.Slider(
+                1, 30, 1, step=1, label="Calls of the network", info="More sound clearer, and invent more."
+            )
             chosen = seed()
             button = gr.Button("Enhance", variant="primary")
         with gr.Column(scale=3):

@@ -18,11 +18,11 @@ from .drawing import saved, titled
 
 __all__ = ["speech_enhancement"]
 
-SNR = 5  # dB
+SNR = 0  # dB
 
 
 def speech_enhancement(output_dir: Path) -> Path:
-    """Adds noise to a sentence and takes it out again by five calls of a network that never heard the speaker."""
+    """Adds noise, as strong as the speech, and takes it out by a network that never heard the speaker."""
     print("Loading a speech enhancer of 8 kHz")
     pipeline: Any = DiffusionPipeline.from_pretrained(ASSETS / "speech-enhancement")
     pipeline.set_progress_bar_config(disable=True)
@@ -32,17 +32,22 @@ def speech_enhancement(output_dir: Path) -> Path:
     clean, noise = (sosfilt(high_pass, w) for w in (resample(wave[0], given, rate), _noise(len(wave[0]))))
     noise = noise[: len(clean)]
     noisy = clean + noise * np.linalg.norm(clean) / np.linalg.norm(noise) * 10 ** (-SNR / 20)
-    call = {"sample_rate": rate, "num_inference_steps": 5, "generator": torch.Generator().manual_seed(0)}
-    enhanced = pipeline(noisy, **call).audios[0]
-    sounds, gain = {"noisy": noisy, "enhanced": enhanced, "clean": clean}, np.abs(noisy).max()
-    for name in ("noisy", "enhanced"):
-        write_audio(output_dir / f"speech-{name}.wav", 0.9 * sounds[name] / gain, rate)
-    before, after = si_sdr(noisy, clean), si_sdr(enhanced, clean)
-    print(f"A sentence of an unseen speaker in noise, SI-SDR: noisy {before:.2f} dB, enhanced {after:.2f} dB")
+    sounds = {"noisy": noisy}
+    for title, steps in (("1 call", 1), ("5 calls", 5)):
+        generator = torch.Generator().manual_seed(0)
+        sounds[title] = pipeline(noisy, rate, num_inference_steps=steps, generator=generator).audios[0]
+    gain = np.abs(noisy).max()
+    for name, wave in (("noisy", noisy), ("enhanced", sounds["1 call"])):
+        write_audio(output_dir / f"speech-{name}.wav", 0.9 * wave / gain, rate)
+    figures = {name: si_sdr(wave, clean) for name, wave in sounds.items()}
+    print(
+        f"A sentence of an unseen speaker in noise, SI-SDR: noisy {figures['noisy']:.2f} dB, after 1 call "
+        f"{figures['1 call']:.2f} dB, after 5, which invent more, {figures['5 calls']:.2f} dB"
+    )
     print(f"To listen: {output_dir / 'speech-noisy.wav'}, {output_dir / 'speech-enhanced.wav'}")
-    titles = {"noisy": f"noisy, {before:.1f} dB", "enhanced": f"5 calls, {after:.1f} dB", "clean": "clean"}
-    images = {titles[name]: pipeline.spectrogram.image(torch.from_numpy(w / gain)) for name, w in sounds.items()}
-    return saved(titled(images, 1), output_dir / "speech_enhancement.png", {"noisy": before, "enhanced": after})
+    sounds = {f"{name}, {figures[name]:.1f} dB": wave for name, wave in sounds.items()} | {"clean": clean}
+    images = {title: pipeline.spectrogram.image(torch.from_numpy(wave / gain)) for title, wave in sounds.items()}
+    return saved(titled(images, 1), output_dir / "speech_enhancement.png", figures)
 
 
 def _noise(samples: int) -> np.ndarray:

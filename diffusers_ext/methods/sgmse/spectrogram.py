@@ -108,8 +108,11 @@ class Spectrogram:
         return wave.reshape(*coefficients.shape[:-2], length)
 
     def image(self, wave: torch.Tensor) -> Image.Image:
-        """Draws a wave `(samples,)`, scaled to about 1: a column a frame, low frequencies at the bottom."""
-        pixels = (self.encode(wave.float()).abs().flip(0).clamp(0, 1) * 255).byte()
+        """Draws a wave `(samples,)`, scaled to about 1: a column a frame, low frequencies at the bottom.
+
+        What is bright is the root of the compressed magnitude, so that soft sounds are seen.
+        """
+        pixels = (self.encode(wave.float()).abs().sqrt().flip(0).clamp(0, 1) * 255).byte()
         return Image.fromarray(pixels.cpu().numpy())
 
     def _window(self, like: torch.Tensor) -> torch.Tensor:

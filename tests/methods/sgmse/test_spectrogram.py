@@ -61,6 +61,6 @@ def test_picture_of_a_tone():
     image = np.asarray(Spectrogram(8000, 62, 16).image(torch.sin(2 * torch.pi * 8 * 8000 / 62 * t)))
     assert image.shape == (32, 251)
     inner = image[:, 3:-3].astype(float)  # at the ends the sine is reflected
-    level = 255 * 0.15 * (62 / 4) ** 0.5  # half the sum of the window, in the compressed scale
+    level = 255 * (0.15 * (62 / 4) ** 0.5) ** 0.5  # half the sum of the window, in the compressed scale
     assert inner[31 - 8] == pytest.approx(level, abs=1.5)
-    assert np.delete(inner, [30 - 8, 31 - 8, 32 - 8], axis=0).max() < 20
+    assert np.delete(inner, [30 - 8, 31 - 8, 32 - 8], axis=0).max() < 60
