@@ -837,7 +837,8 @@ def _(models, capsys):
     config = SGMSEConfig(
         train_data_dir=str(models.folder / "speech"), noise_dir=str(models.folder / "noise"),
         output_dir=str(models.folder / "sgmse"), unet_config=str(models.folder / "speech-unet.json"), **SOUND,
-        num_frames=8, max_train_steps=4, learning_rate=1e-3, ema_decay=0.5, num_validation_images=0,
+        num_frames=8, train_batch_size=1, max_train_steps=4, learning_rate=1e-3, ema_decay=0.5,
+        num_validation_images=0,
     )  # fmt: skip
     models.watched["sgmse"] = Watch(config.ema_decay)
     Trainer(config, SGMSERecipe(config), [models.watched["sgmse"]]).train()

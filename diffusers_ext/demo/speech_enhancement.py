@@ -29,8 +29,8 @@ def speech_enhancement(output_dir: Path) -> Path:
     rate = pipeline.config["sample_rate"]
     wave, given = read_audio(ASSETS / "speech" / "sentence-1.flac")
     high_pass = butter(4, 100, "highpass", fs=rate, output="sos")  # below is no speech
-    clean, noise = (sosfilt(high_pass, w) for w in (resample(wave[0], given, rate), _noise(len(wave[0]))))
-    noise = noise[: len(clean)]
+    clean = resample(wave[0], given, rate)
+    clean, noise = (np.asarray(sosfilt(high_pass, w)) for w in (clean, _noise(2 * len(clean))[: len(clean)]))
     noisy = clean + noise * np.linalg.norm(clean) / np.linalg.norm(noise) * 10 ** (-SNR / 20)
     sounds = {"noisy": noisy}
     for title, steps in (("1 call", 1), ("5 calls", 5)):
