@@ -104,6 +104,9 @@ METHODS = {
         "title": "SGMSE+ speech enhancement",
         "papers": ["2208.05830", "2406.06185", "2409.10753"],
         "gives": "Take noise or reverberation from recordings of speech, of any length, rate and number of channels.",
-        "headline": "No experiment yet.",
+        "headline": (
+            "In noise of 0 to 5 dB, 5 calls of the network gain {experiment[noise_si_sdr_over_noisy]} dB of SI-SDR, "
+            "{experiment[noise_si_sdr_over_pc_30]} dB more than 60 calls of the paper's sampler."
+        ),
     },
 }

@@ -40,6 +40,7 @@ from diffusers_ext import (
     SDAClassifierConfig,
     SDATTAPipeline,
     SGMSEConfig,
+    SGMSERecipe,
     StableDiffusionNoiseDiffusionPipeline,
     Trainer,
     align,
@@ -51,6 +52,7 @@ from diffusers_ext import (
 )
 from tests.methods.oms.gaussian import ExactStep
 from tests.methods.oms.tiny import module, stable_diffusion
+from tests.methods.sgmse.tiny import SMALL, SOUND
 from tests.methods.sgmse.tiny import pipeline as speech_enhancer
 from tests.training.tiny import UNET
 
@@ -823,6 +825,24 @@ def _(models, capsys):
 @row(("noise2score", "ema"), "EMA of Noise2Score", "works", "What is saved is the average.")
 def _(models, capsys):
     averaged(models, "noise2score")
+
+
+@row(("sgmse", "ema"), "EMA of speech enhancement", "works", "What is saved is the average.")
+def _(models, capsys):
+    soundfile = pytest.importorskip("soundfile")
+    for name in ("speech", "noise"):
+        (models.folder / name).mkdir()
+        soundfile.write(models.folder / name / "a.wav", np.random.default_rng(0).uniform(-1, 1, 800), 8000)
+    (models.folder / "speech-unet.json").write_text(json.dumps(SMALL))
+    config = SGMSEConfig(
+        train_data_dir=str(models.folder / "speech"), noise_dir=str(models.folder / "noise"),
+        output_dir=str(models.folder / "sgmse"), unet_config=str(models.folder / "speech-unet.json"), **SOUND,
+        num_frames=8, train_batch_size=1, max_train_steps=4, learning_rate=1e-3, ema_decay=0.5,
+        num_validation_images=0,
+    )  # fmt: skip
+    models.watched["sgmse"] = Watch(config.ema_decay)
+    Trainer(config, SGMSERecipe(config), [models.watched["sgmse"]]).train()
+    averaged(models, "sgmse")
 
 
 @row(("noise_diffusion", "ema"), "NoiseDiffusion with averaged weights", "works", "A saved repo holds the average.")

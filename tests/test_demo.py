@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import wavfile
 
 import diffusers_ext
 
@@ -63,6 +64,10 @@ def test_demo_loads_draws_measures_finetunes_and_reloads(tmp_path):
     source, adapted = map(float, re.search(r"right: source ([\d.]+), adapted ([\d.]+)", text).groups())
     assert adapted > source + 0.15
     assert (tmp_path / "sda.png").is_file()
+    noisy, enhanced = map(float, re.search(r"SI-SDR: noisy (-?[\d.]+) dB, after 1 call ([\d.]+) dB", text).groups())
+    assert enhanced > noisy + 1
+    for name in ("noisy", "enhanced"):
+        assert wavfile.read(tmp_path / f"speech-{name}.wav")[1].std() > 300
     picture = np.asarray(Image.open(tmp_path / "image_generation.png").convert("L"))
     real, samples, noise = (part[28:].std() for part in np.array_split(picture, 3, axis=1))
     assert min(real, samples, noise) > 10  # none of the three panels is blank

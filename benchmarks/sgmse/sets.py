@@ -58,14 +58,14 @@ def write_training(packages, folder):
     out = set(held_out(packages))
     chosen = [path for language in ("en", "fr", "it") for path in prompts(packages, language) if path not in out]
     for number, path in enumerate(chosen):
-        write_audio(folder / "speech" / f"{number:04d}.flac", loaded(path), RATE)
+        write_audio(folder / "speech" / f"{number:04d}.wav", loaded(path), RATE)
     rng = np.random.default_rng(0)
     for number in range(45):
         wave = coloured(20 * RATE, rng.uniform(0, 1), rng)
-        write_audio(folder / "noise" / f"coloured-{number:02d}.flac", wave.clip(-1, 1), RATE)
+        write_audio(folder / "noise" / f"coloured-{number:02d}.wav", wave.clip(-1, 1), RATE)
     for piece, path in enumerate(music(packages)[:3]):
         for number, part in enumerate(np.array_split(loaded(path), 10)):
-            write_audio(folder / "noise" / f"music-{piece}-{number}.flac", part, RATE)
+            write_audio(folder / "noise" / f"music-{piece}-{number}.wav", part, RATE)
     (folder / "done").write_text("")
 
 

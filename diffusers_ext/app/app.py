@@ -9,7 +9,7 @@ import gradio as gr
 
 __all__ = ["TABS", "page", "serve"]
 
-TABS = ["one_more_step", "noise_diffusion", "sda", "few_steps"]  # named as their files
+TABS = ["one_more_step", "noise_diffusion", "sda", "few_steps", "speech_enhancement"]  # named as their files
 
 INTRODUCTION = """# diffusers-ext
 Diffusion papers as Diffusers components. Every tab shows one method on a small model that ships with the package; the

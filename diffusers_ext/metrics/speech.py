@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from diffusers_ext.data.audio import resample
 
-__all__ = ["EnergyRatios", "energy_ratios", "estoi", "pesq_score", "si_sdr"]
+__all__ = ["DNSMOS", "EnergyRatios", "dnsmos", "energy_ratios", "estoi", "pesq_score", "si_sdr"]
 
 
 class EnergyRatios(NamedTuple):
@@ -25,7 +26,23 @@ class EnergyRatios(NamedTuple):
     si_sar: float
 
 
-EnergyRatios.__module__ = "diffusers_ext"
+class DNSMOS(NamedTuple):
+    """What listeners would say of a recording, by a network, each about 1 to 5, higher is better.
+
+    Attributes:
+        overall: of the whole (ITU-T P.835).
+        signal: of the speech.
+        background: of what is left of the noise.
+        p808: of the whole, by a second network (ITU-T P.808).
+    """
+
+    overall: float
+    signal: float
+    background: float
+    p808: float
+
+
+EnergyRatios.__module__ = DNSMOS.__module__ = "diffusers_ext"
 
 
 def _checked(**waves: Any) -> list[np.ndarray]:
@@ -86,13 +103,14 @@ def energy_ratios(estimate: Any, target: Any, noise: Any) -> EnergyRatios:
     return EnergyRatios(_ratio(part, found - part), _ratio(part, left), _ratio(part, found - part - left))
 
 
-def _installed(package: str) -> Any:
+def _installed(package: str, extra: str = "speech") -> Any:
     try:
-        return __import__(package)
+        return importlib.import_module(package)
     except ImportError as error:
         hint = ", which needs a C compiler" if package == "pesq" else ""
+        name = package.partition(".")[0]
         raise ImportError(
-            f"this figure needs the package {package}: pip install 'diffusers-ext[speech]'{hint}"
+            f"this figure needs the package {name}: pip install 'diffusers-ext[{extra}]'{hint}"
         ) from error
 
 
@@ -135,3 +153,22 @@ def pesq_score(estimate: Any, target: Any, sample_rate: int) -> float:
         return float(module.pesq(sample_rate, clean, found, mode))
     except module.PesqError as error:
         raise ValueError(f"`target` must hold speech that PESQ finds, got an error: {error}") from error
+
+
+def dnsmos(wave: Any, sample_rate: int) -> DNSMOS:
+    """Returns what listeners would say of a recording, without a clean one to compare with (2110.01763).
+
+    By the networks of package speechmos at 16 kHz, a mean over windows of 9 s; shorter recordings are repeated.
+
+    Args:
+        wave: `(samples,)`; what is louder than 1 is clipped.
+        sample_rate: in Hz.
+
+    Raises:
+        ImportError: speechmos, or what it runs on, is not installed.
+        ValueError: the recording is silent or not finite.
+    """
+    (found,) = _checked(wave=wave)
+    module = _installed("speechmos.dnsmos", "dnsmos")
+    said = module.run(resample(found, sample_rate, 16000).clip(-1, 1), 16000)
+    return DNSMOS(*(float(said[f"{name}_mos"]) for name in ("ovrl", "sig", "bak", "p808")))

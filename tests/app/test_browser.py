@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import wavfile
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
@@ -184,6 +185,22 @@ def test_few_step_sampling(page, tmp_path):
     assert after * 1.5 < before
     assert min(pixels(result(panel, label)).std() for label in ("Before tuning", "After tuning")) > 40
     screenshot(page, tmp_path, "few_steps")
+
+
+def test_speech_enhancement_of_an_upload_and_of_the_example(page, tmp_path):
+    panel = opened(page, "Speech enhancement")
+    panel.locator("input[type=file]").first.set_input_files(EXAMPLES / "speech-noisy.flac")
+    panel.get_by_text("speech-noisy.flac").first.wait_for()
+    panel.get_by_role("button", name="Enhance", exact=True).click()
+    said = panel.get_by_text(re.compile(r"speech-noisy.flac: \d\.\d s at 8000 Hz, 1 channel")).inner_text()
+    before, after = (pixels(result(panel, f"Spectrogram {when}")) for when in ("before", "after"))
+    assert after.mean() < before.mean()
+    with page.expect_download() as download:
+        panel.get_by_role("button", name="Download").first.click()
+    rate, wave = wavfile.read(download.value.path())
+    assert (rate, len(wave) / rate) == (8000, pytest.approx(float(said.split(": ")[1].split()[0]), abs=0.05))
+    assert np.abs(wave).max() > 1000
+    screenshot(page, tmp_path, "speech_enhancement")
 
 
 def test_bad_upload_gets_a_message(page, tmp_path):

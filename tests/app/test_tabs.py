@@ -19,7 +19,15 @@ from diffusers_ext.data.digits import DIGITS
 from tests.methods.oms import tiny
 
 gr = pytest.importorskip("gradio", reason="needs Gradio: pip install 'diffusers-ext[app]'")
-from diffusers_ext.app import app, few_steps, noise_diffusion, one_more_step, parts, sda  # noqa: E402
+from diffusers_ext.app import (  # noqa: E402
+    app,
+    few_steps,
+    noise_diffusion,
+    one_more_step,
+    parts,
+    sda,
+    speech_enhancement,
+)
 
 FOLDER = Path(app.__file__).parent
 
@@ -146,6 +154,42 @@ def test_few_steps_draws_what_the_pipelines_draw_and_shows_its_progress(monkeypa
     assert second < first
     assert seen[0] == (0, "Loading the models")
     assert seen[1:] == [((i, 5), f"Drawing {title} tuning") for title in ("before", "after") for i in range(1, 6)]
+
+
+def test_speech_enhancement_gives_what_the_pipeline_gives(tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    path, seen = parts.EXAMPLES / "speech-noisy.flac", []
+    heard, before, after, said = speech_enhancement.enhance(
+        str(path), 3, 7, lambda place, desc: seen.append((place, desc))
+    )
+    pipeline = parts.load("speech-enhancement")
+    found = pipeline(path, num_inference_steps=3, generator=seeded(7)).audios[0]
+    assert heard[0] == 8000
+    np.testing.assert_allclose(heard[1] / 32767, found.clip(-1, 1), atol=1e-3)
+    noisy = torch.from_numpy(soundfile.read(path, dtype="float32")[0])
+    assert np.array_equal(before, pipeline.spectrogram.image(noisy / noisy.abs().max()))
+    assert np.asarray(after).mean() < 0.8 * np.asarray(before).mean()  # the noise is darker
+    assert said.endswith("s at 8000 Hz, 1 channel.")
+    assert seen == [(0, "Loading the model"), *(((i, 3), "Enhancing") for i in (1, 2, 3))]
+    stereo = tmp_path / "stereo.wav"
+    soundfile.write(stereo, np.random.default_rng(0).uniform(-1, 1, (4410, 2)), 44100)
+    (rate, wave), *_, said = speech_enhancement.enhance(str(stereo), 1, 0, lambda *_, **__: None)
+    assert (rate, wave.shape) == (44100, (4410, 2))
+    assert said == "stereo.wav: 0.1 s at 44100 Hz, 2 channels."
+
+
+def test_recordings_that_are_none_get_a_message(tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    (tmp_path / "text.wav").write_text("this is no sound")
+    soundfile.write(tmp_path / "long.wav", np.zeros(speech_enhancement.LONGEST * 1000 + 2000), 1000)
+    messages = {
+        None: "Upload or record something first",
+        "text.wav": "This file is no sound that can be read",
+        "long.wav": "At most 60 seconds, got 62",
+    }
+    for name, message in messages.items():
+        with pytest.raises(gr.Error, match=message):
+            speech_enhancement.enhance(name and str(tmp_path / name), 5, 0)
 
 
 # ------------------------------------------------------------------ uploads and messages

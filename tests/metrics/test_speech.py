@@ -1,9 +1,11 @@
 """Figures of speech against values that are known."""
 
+import sys
+
 import numpy as np
 import pytest
 
-from diffusers_ext import asset_path, energy_ratios, estoi, pesq_score, si_sdr
+from diffusers_ext import asset_path, dnsmos, energy_ratios, estoi, pesq_score, si_sdr
 
 
 def tones(*frequencies):
@@ -63,3 +65,24 @@ def test_pesq(sentence):
     assert pesq_score(speech, speech, rate) == pytest.approx(4.644, abs=0.01)  # the largest of the wide-band score
     assert 1 < pesq_score(noisy(speech, 5), speech, rate) < pesq_score(noisy(speech, 20), speech, rate) < 4
     assert pesq_score(speech[::2], speech[::2], 8000) == pytest.approx(4.549, abs=0.01)  # of the narrow-band one
+
+
+def test_dnsmos(sentence):
+    reason = "needs speechmos: pip install 'diffusers-ext[dnsmos]'"
+    module = pytest.importorskip("speechmos.dnsmos", reason=reason, exc_type=ImportError)
+    speech, rate = sentence
+    found = dnsmos(speech, rate)
+    said = module.run(np.asarray(speech, np.float32), rate)
+    assert found == pytest.approx([said[f"{name}_mos"] for name in ("ovrl", "sig", "bak", "p808")], abs=1e-3)
+    worse = dnsmos(noisy(speech, 5), rate)
+    assert all(1 < bad < good < 5 for bad, good in zip(worse, found, strict=True))
+
+
+def test_what_is_not_installed_is_named(sentence, monkeypatch):
+    speech, rate = sentence
+    monkeypatch.setitem(sys.modules, "speechmos", None)
+    monkeypatch.delitem(sys.modules, "speechmos.dnsmos", raising=False)
+    with pytest.raises(ImportError, match=r"needs the package speechmos: pip install 'diffusers-ext\[dnsmos\]'"):
+        dnsmos(speech, rate)
+    with pytest.raises(ValueError, match="`wave` must not be silent"):
+        dnsmos(0 * speech, rate)

@@ -60,9 +60,12 @@ class EnhanceConfig:
             ValueError: a file is missing, of an unknown kind, or two would have one result.
         """
         found: dict[Path, Path] = {}
+        results = Path(self.output_dir).resolve()
         for name in self.files:
             place = Path(name)
             inside = audio_files(place) if place.is_dir() else [place]
+            if place.resolve() in results.parents:  # the results lie within, and are no recordings
+                inside = [path for path in inside if results not in path.resolve().parents]
             require(place.is_dir() or place.is_file(), "files", name, "files or folders that exist")
             require(len(inside) > 0, "files", name, f"a folder with sound files, {list(SUFFIXES)}")
             for path in inside:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 
+from diffusers_ext.generation.stepping import callback_names, check_generator
 from diffusers_ext.hub.loading import SafePipeline
 from diffusers_ext.rng import mix
 from diffusers_ext.training.config import require
@@ -189,12 +190,11 @@ class SpeechEnhancementPipeline(SafePipeline):
         require(chunk_seconds > overlap_seconds, "chunk_seconds", chunk_seconds, longer)
         require(batch_size >= 1, "batch_size", batch_size, "an integer >= 1")
         require(output_type in ("np", "pt"), "output_type", output_type, "'np' or 'pt'")
-        names = set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs)
-        given = callback_on_step_end_tensor_inputs
-        require(names, "callback_on_step_end_tensor_inputs", given, f"some of {self._callback_tensor_inputs}")
+        offered = self._callback_tensor_inputs
+        names = callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs, offered)
         recordings = read_recordings(audio, sample_rate, self.spectrogram.sample_rate)
+        check_generator(generator, len(recordings))
         seeds = _seeds(generator, len(recordings))
-
         self._interrupt = False
         results = [torch.zeros_like(recording.wave) for recording in recordings]
         cuts = [self._windows(recording, chunk_seconds, overlap_seconds) for recording in recordings]
@@ -212,7 +212,7 @@ class SpeechEnhancementPipeline(SafePipeline):
                 chosen = [items[position] for position in batch]
                 waves = torch.stack([recordings[n].wave[c, slice(*cuts[n].bounds(w))] for n, c, w in chosen])
                 places = [(seeds[n], c, cuts[n].first_block(w)) for n, c, w in chosen]
-                enhanced = self._enhance(waves, places, num_inference_steps, callback_on_step_end, given, bar)
+                enhanced = self._enhance(waves, places, num_inference_steps, callback_on_step_end, names, bar)
                 for (number, channel, window), wave in zip(chosen, enhanced, strict=True):
                     weighted = cuts[number].weights(window) * wave
                     results[number][channel, slice(*cuts[number].bounds(window))] += weighted
@@ -283,7 +283,6 @@ class SpeechEnhancementPipeline(SafePipeline):
 def _seeds(generator: Any, count: int) -> list[int]:
     """Draws one seed for each recording."""
     generators = generator if isinstance(generator, list) else [generator] * count
-    require(len(generators) == count, "generator", f"{len(generators)}", f"one, or {count} as there are recordings")
     return [int(torch.randint(2**62, (1,), generator=g, device=g.device if g else "cpu")) for g in generators]
 
 

@@ -12,14 +12,15 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusers_ext.hub.card import RepoCard
-from diffusers_ext.metrics.speech import estoi, pesq_score, si_sdr
+from diffusers_ext.metrics.speech import dnsmos, estoi, pesq_score, si_sdr
 from diffusers_ext.training.config import TrainConfig, described, require
 from diffusers_ext.training.networks import make_network
 from diffusers_ext.training.recipe import Context, Modules, Recipe, StepOutput
 
 from .data import MixedSpeech, PairedSpeech
 from .pipeline import SpeechEnhancementPipeline, as_channels, as_complex
-from .scheduler_ouve import OUVEScheduler, broadcast
+from .scheduler import broadcast
+from .scheduler_ouve import OUVEScheduler
 from .scheduler_sbve import SBVEScheduler
 from .spectrogram import Spectrogram
 from .unet import SGMSEUNet2DModel
@@ -246,14 +247,13 @@ class SGMSERecipe(Recipe[SGMSEConfig]):
         for item, found in zip(self.validation, self._enhanced(pipeline, generator), strict=True):
             waves = (item["noisy"], torch.from_numpy(found), item["clean"])
             gain = item["noisy"].abs().max().clamp(min=1e-8)
-            parts = [self.sound.encode(wave / gain).abs().flip(0) for wave in waves]
-            pixels = (torch.cat(parts, dim=1).clamp(0, 1) * 255).byte().numpy()
-            images.append(Image.fromarray(pixels))
+            parts = [np.asarray(self.sound.image(wave / gain)) for wave in waves]
+            images.append(Image.fromarray(np.concatenate(parts, axis=1)))
         size = images[0].size
         return [image.resize(size) for image in images]
 
     def figures(self, pipeline: DiffusionPipeline, generator: torch.Generator) -> dict[str, float]:
-        """Measures the validation recordings, before and after: SI-SDR, and ESTOI and PESQ where installed."""
+        """Measures the validation recordings, before and after: SI-SDR, and ESTOI, PESQ and DNSMOS where installed."""
         if not self.validation:
             return {}
         enhanced, rate = self._enhanced(pipeline, generator), self.sound.sample_rate
@@ -261,6 +261,7 @@ class SGMSERecipe(Recipe[SGMSEConfig]):
             "SI-SDR": si_sdr,
             "ESTOI": lambda found, clean: estoi(found, clean, rate),
             "PESQ": lambda found, clean: pesq_score(found, clean, rate),
+            "DNSMOS": lambda found, clean: dnsmos(found, rate).overall,
         }
         figures: dict[str, float] = {}
         for name, measure in measures.items():

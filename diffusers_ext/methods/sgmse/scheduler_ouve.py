@@ -3,61 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_ext.training.config import require
 
-__all__ = ["OUVEScheduler", "SpeechSchedulerOutput", "check_time", "step_noise"]
+from .scheduler import Generators, SpeechScheduler, SpeechSchedulerOutput, broadcast, step_noise
 
-Generators = torch.Generator | list[torch.Generator] | None
-
-
-@dataclass
-class SpeechSchedulerOutput(BaseOutput):
-    """Output of a step of `OUVEScheduler` and `SBVEScheduler`.
-
-    Args:
-        prev_sample: `(batch, ...)` at the next, smaller time.
-        prev_sample_mean: the same without the noise of this step; of the last step it is the result.
-    """
-
-    __module__ = "diffusers_ext"
-
-    prev_sample: torch.Tensor
-    prev_sample_mean: torch.Tensor
+__all__ = ["OUVEScheduler"]
 
 
-def check_time(t: float | torch.Tensor) -> None:
-    """Checks that times lie in (0, 1].
-
-    Raises:
-        ValueError: one does not.
-    """
-    inside = (t > 0) & (t <= 1)
-    require(bool(inside.all() if isinstance(inside, torch.Tensor) else inside), "t", t, "in (0, 1]")
-
-
-def broadcast(t: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Returns times in the real dtype of a batch, shaped so that they broadcast over its samples."""
-    t = torch.as_tensor(t, dtype=like.real.dtype, device=like.device)
-    return t.reshape(*t.shape, *([1] * (like.ndim - t.ndim)))
-
-
-def step_noise(like: torch.Tensor, generator: Generators, given: torch.Tensor | None) -> torch.Tensor:
-    """Returns the given noise, or draws some of a sample's shape with a mean square of 1, complex if that is."""
-    if given is not None:
-        return given.to(like)
-    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
-
-
-class OUVEScheduler(SchedulerMixin, ConfigMixin):
+class OUVEScheduler(SpeechScheduler):
     r"""The process \(dx = \theta(y - x)\,dt + g\,dw\) from clean speech x0 to a recording y (2208.05830, eq. 5-10).
 
     \(g = \sigma_{min} r^t \sqrt{2 \ln r}\) with \(r = \sigma_{max} / \sigma_{min}\), so at time t a sample has the
@@ -103,7 +61,6 @@ class OUVEScheduler(SchedulerMixin, ConfigMixin):
     """
 
     __module__ = "diffusers_ext"
-    order = 1
 
     @register_to_config
     def __init__(
@@ -139,64 +96,24 @@ class OUVEScheduler(SchedulerMixin, ConfigMixin):
     @property
     def init_noise_sigma(self) -> float:
         """Standard deviation at time 1."""
-        return math.sqrt(self._variance(1.0))
+        return self.std(1.0).item()
 
     # ------------------------------------------------------------ the process
 
     def _log_ratio(self) -> float:
         return math.log(self.config["sigma_max"] / self.config["sigma_min"])
 
-    def _variance(self, t: float) -> float:
+    def _share(self, t: torch.Tensor) -> torch.Tensor:
+        return -torch.expm1(-self.config["theta"] * t)
+
+    def _variance(self, t: torch.Tensor) -> torch.Tensor:
         theta, log_ratio = self.config["theta"], self._log_ratio()
-        spread = math.exp(2 * log_ratio * t) - math.exp(-2 * theta * t)
+        spread = torch.exp(2 * log_ratio * t) - torch.exp(-2 * theta * t)
         return self.config["sigma_min"] ** 2 * log_ratio * spread / (theta + log_ratio)
 
     def _diffusion(self, t: float) -> float:
         log_ratio = self._log_ratio()
         return self.config["sigma_min"] * math.exp(log_ratio * t) * math.sqrt(2 * log_ratio)
-
-    def _mean(self, x0: torch.Tensor, y: torch.Tensor, t: float) -> torch.Tensor:
-        return y + math.exp(-self.config["theta"] * t) * (x0 - y)
-
-    def mean(self, x0: torch.Tensor, y: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
-        """Returns the mean at a time.
-
-        Args:
-            x0: `(batch, ...)` clean.
-            y: `(batch, ...)` noisy.
-            t: one time or `(batch,)` of them, in (0, 1].
-
-        Raises:
-            ValueError: a time is outside (0, 1].
-        """
-        check_time(t)
-        weight = torch.exp(-self.config["theta"] * broadcast(t, x0))
-        return weight * x0 + (1 - weight) * y
-
-    def std(self, t: float | torch.Tensor) -> torch.Tensor:
-        """Returns the standard deviation of the noise at a time, in the shape of `t`.
-
-        Raises:
-            ValueError: a time is outside (0, 1].
-        """
-        check_time(t)
-        t = torch.as_tensor(t, dtype=None if isinstance(t, torch.Tensor) else torch.float64)
-        theta, log_ratio = self.config["theta"], self._log_ratio()
-        spread = torch.exp(2 * log_ratio * t) - torch.exp(-2 * theta * t)
-        return self.config["sigma_min"] * (log_ratio * spread / (theta + log_ratio)).sqrt()
-
-    def add_noise(
-        self, x0: torch.Tensor, noise: torch.Tensor, t: float | torch.Tensor, y: torch.Tensor
-    ) -> torch.Tensor:
-        """Returns samples at a time: `mean(x0, y, t) + std(t) * noise`.
-
-        Args:
-            x0: `(batch, ...)` clean.
-            noise: `(batch, ...)` with a mean square of 1.
-            t: one time or `(batch,)` of them, in (0, 1].
-            y: `(batch, ...)` noisy.
-        """
-        return self.mean(x0, y, t) + broadcast(self.std(t), x0) * noise
 
     # ------------------------------------------------------------ what the network says
 
@@ -260,10 +177,6 @@ class OUVEScheduler(SchedulerMixin, ConfigMixin):
         """
         return y + self.init_noise_sigma * step_noise(y, generator, noise)
 
-    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
-        """Returns the sample: networks see it as it is."""
-        return sample
-
     def _find(self, t: float | torch.Tensor) -> tuple[float, float, bool]:
         """Returns the exact times of the step that starts at one of `timesteps`."""
         if self._step_index is None or abs(self._steps[self._step_index][0] - float(t)) > 1e-6:
@@ -294,7 +207,7 @@ class OUVEScheduler(SchedulerMixin, ConfigMixin):
             return_dict: return `SpeechSchedulerOutput` instead of a tuple.
         """
         now = self._find(t)[0]
-        size = 2 * self.config["snr"] ** 2 * self._variance(now)
+        size = 2 * (self.config["snr"] * self.std(now).item()) ** 2
         mean = sample + size * self.score(output, now, sample, y)
         moved = mean + math.sqrt(2 * size) * step_noise(sample, generator, variance_noise)
         return SpeechSchedulerOutput(moved, mean) if return_dict else (moved, mean)
@@ -351,10 +264,10 @@ class OUVEScheduler(SchedulerMixin, ConfigMixin):
         x0 = self.predicted_sample(output, t, x, y)
         if u == 0:
             return x0, 0.0
-        decay, before, after = math.exp(-self.config["theta"] * (t - u)), self._variance(t), self._variance(u)
+        decay, before, after = math.exp(-self.config["theta"] * (t - u)), *(self.std(v).item() ** 2 for v in (t, u))
         fresh = self.config["eta"] ** 2 * after * (1 - decay**2 * after / before)
-        kept = math.sqrt((after - fresh) / before) * (x - self._mean(x0, y, t))
-        return self._mean(x0, y, u) + kept, math.sqrt(fresh)
+        kept = math.sqrt((after - fresh) / before) * (x - self.mean(x0, y, t))
+        return self.mean(x0, y, u) + kept, math.sqrt(fresh)
 
     def _ode_step(
         self, output: torch.Tensor, t: float, u: float, second: bool, x: torch.Tensor, y: torch.Tensor
@@ -367,6 +280,3 @@ class OUVEScheduler(SchedulerMixin, ConfigMixin):
         if self.config["algorithm"] == "heun":
             self._start = (x, slope)
         return x + (u - t) * slope
-
-    def __len__(self) -> int:
-        return len(self.timesteps)

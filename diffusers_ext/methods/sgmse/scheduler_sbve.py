@@ -6,17 +6,16 @@ import math
 from typing import Literal
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 
 from diffusers_ext.training.config import require
 
-from .scheduler_ouve import Generators, SpeechSchedulerOutput, broadcast, check_time, step_noise
+from .scheduler import Generators, SpeechScheduler, SpeechSchedulerOutput, step_noise
 
 __all__ = ["SBVEScheduler"]
 
 
-class SBVEScheduler(SchedulerMixin, ConfigMixin):
+class SBVEScheduler(SpeechScheduler):
     r"""The bridge that is clean speech x0 at time 0 and the recording y at time 1 (2409.10753, section II-D).
 
     With \(v_t = c (k^{2t} - 1) / (2 \ln k)\), a sample at time t has the mean
@@ -49,7 +48,6 @@ class SBVEScheduler(SchedulerMixin, ConfigMixin):
     """
 
     __module__ = "diffusers_ext"
-    order = 1
     correct_steps = 0
     init_noise_sigma = 0.0
 
@@ -74,49 +72,14 @@ class SBVEScheduler(SchedulerMixin, ConfigMixin):
         log_k = math.log(self.config["k"])
         return self.config["c"] * math.expm1(2 * log_k * t) / (2 * log_k)
 
-    def _share(self, t: float | torch.Tensor) -> torch.Tensor:
-        """v_t / v_1, the weight of the recording."""
-        t = torch.as_tensor(t, dtype=None if isinstance(t, torch.Tensor) else torch.float64)
+    def _share(self, t: torch.Tensor) -> torch.Tensor:
+        """v_t / v_1."""
         log_k = math.log(self.config["k"])
         return torch.expm1(2 * log_k * t) / math.expm1(2 * log_k)
 
-    def mean(self, x0: torch.Tensor, y: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
-        """Returns the mean at a time.
-
-        Args:
-            x0: `(batch, ...)` clean.
-            y: `(batch, ...)` noisy.
-            t: one time or `(batch,)` of them, in (0, 1].
-
-        Raises:
-            ValueError: a time is outside (0, 1].
-        """
-        check_time(t)
-        share = broadcast(self._share(t), x0)
-        return (1 - share) * x0 + share * y
-
-    def std(self, t: float | torch.Tensor) -> torch.Tensor:
-        """Returns the standard deviation of the noise at a time, in the shape of `t`; it is 0 at time 1.
-
-        Raises:
-            ValueError: a time is outside (0, 1].
-        """
-        check_time(t)
+    def _variance(self, t: torch.Tensor) -> torch.Tensor:
         share = self._share(t)
-        return (self._level(1.0) * share * (1 - share).clamp(min=0)).sqrt()
-
-    def add_noise(
-        self, x0: torch.Tensor, noise: torch.Tensor, t: float | torch.Tensor, y: torch.Tensor
-    ) -> torch.Tensor:
-        """Returns samples at a time: `mean(x0, y, t) + std(t) * noise`.
-
-        Args:
-            x0: `(batch, ...)` clean.
-            noise: `(batch, ...)` with a mean square of 1.
-            t: one time or `(batch,)` of them, in (0, 1].
-            y: `(batch, ...)` noisy.
-        """
-        return self.mean(x0, y, t) + broadcast(self.std(t), x0) * noise
+        return self._level(1.0) * share * (1 - share).clamp(min=0)  # 0 at time 1
 
     def predicted_sample(
         self, output: torch.Tensor, t: float | torch.Tensor, sample: torch.Tensor, y: torch.Tensor
@@ -145,10 +108,6 @@ class SBVEScheduler(SchedulerMixin, ConfigMixin):
     ) -> torch.Tensor:
         """Returns samples at time 1 to start from: the recording, without noise."""
         return y
-
-    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
-        """Returns the sample: networks see it as it is."""
-        return sample
 
     def step(
         self,
@@ -189,6 +148,3 @@ class SBVEScheduler(SchedulerMixin, ConfigMixin):
                 mean = mean + kept * (sample - output - before / whole * (y - output))
         moved = mean + scale * step_noise(sample, generator, variance_noise) if scale > 0 else mean
         return SpeechSchedulerOutput(moved, mean) if return_dict else (moved, mean)
-
-    def __len__(self) -> int:
-        return len(self.timesteps)

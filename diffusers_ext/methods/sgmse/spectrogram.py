@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from diffusers_ext.training.config import require
 
@@ -105,6 +106,14 @@ class Spectrogram:
             flat, self.n_fft, self.hop_length, window=self._window(flat.real), center=True, length=length
         )
         return wave.reshape(*coefficients.shape[:-2], length)
+
+    def image(self, wave: torch.Tensor) -> Image.Image:
+        """Draws a wave `(samples,)`, scaled to about 1: a column a frame, low frequencies at the bottom.
+
+        What is bright is the root of the compressed magnitude, so that soft sounds are seen.
+        """
+        pixels = (self.encode(wave.float()).abs().sqrt().flip(0).clamp(0, 1) * 255).byte()
+        return Image.fromarray(pixels.cpu().numpy())
 
     def _window(self, like: torch.Tensor) -> torch.Tensor:
         return torch.hann_window(self.n_fft, periodic=True, dtype=like.dtype, device=like.device)

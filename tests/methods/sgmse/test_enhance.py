@@ -74,6 +74,13 @@ def test_a_folder_is_enhanced_and_finished(folder, capsys, monkeypatch):
         command(folder, "out", "--seed", "1")
 
 
+def test_results_within_the_folder_are_no_recordings(folder):
+    for _ in range(2):
+        command(folder, "in/out")
+    found = [path.relative_to(folder / "in").as_posix() for path in (folder / "in").rglob("*.*a*")]
+    assert sorted(found) == ["a.wav", "b/c.flac", "out/a.wav", "out/b/c.flac"]
+
+
 def test_a_file_that_cannot_be_read_is_named_and_the_others_are_done(folder):
     (folder / "in" / "bad.wav").write_bytes(b"no sound")
     with pytest.raises(SystemExit, match=r"1 of 3 files could not be enhanced: .*bad\.wav"):

@@ -288,8 +288,10 @@ def test_published_checkpoints_convert_and_load(tmp_path):
         ({"overlap_seconds": -1.0}, "`overlap_seconds` must be a number >= 0"),
         ({"batch_size": 0}, "`batch_size` must be an integer >= 1"),
         ({"output_type": "pil"}, "`output_type` must be 'np' or 'pt'"),
-        ({"generator": [torch.Generator()] * 2}, "`generator` must be one, or 1 as there are recordings"),
-        ({"callback_on_step_end_tensor_inputs": ["x"]}, "`callback_on_step_end_tensor_inputs` must be some of"),
+        ({"generator": [torch.Generator()] * 2}, "`generator` must be one generator or a list of 1, got a list of 2"),
+        ({"generator": 3}, "`generator` must be one generator or a list of 1, got 3"),
+        ({"callback_on_step_end": 3}, "`callback_on_step_end` must be callable or left out, got 3"),
+        ({"callback_on_step_end_tensor_inputs": ["x"]}, "`callback_on_step_end_tensor_inputs` must be a subset of"),
     ],
 )
 def test_wrong_arguments(real, call, message):

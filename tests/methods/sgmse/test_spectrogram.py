@@ -3,6 +3,7 @@
 import cmath
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,3 +53,14 @@ def test_there_and_back(length):
 def test_wrong_arguments(wrong):
     with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be"):
         Spectrogram(**wrong)
+
+
+def test_picture_of_a_tone():
+    """A sine in the middle of a bin is a bright line at its height."""
+    t = torch.arange(4000) / 8000
+    image = np.asarray(Spectrogram(8000, 62, 16).image(torch.sin(2 * torch.pi * 8 * 8000 / 62 * t)))
+    assert image.shape == (32, 251)
+    inner = image[:, 3:-3].astype(float)  # at the ends the sine is reflected
+    level = 255 * (0.15 * (62 / 4) ** 0.5) ** 0.5  # half the sum of the window, in the compressed scale
+    assert inner[31 - 8] == pytest.approx(level, abs=1.5)
+    assert np.delete(inner, [30 - 8, 31 - 8, 32 - 8], axis=0).max() < 60

@@ -10,7 +10,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers_ext import OUVEScheduler, SBVEScheduler, SGMSEConfig, SGMSERecipe, Trainer, save_repo
+from diffusers_ext import DNSMOS, OUVEScheduler, SBVEScheduler, SGMSEConfig, SGMSERecipe, Trainer, save_repo
+from diffusers_ext.methods.sgmse import recipe
 from diffusers_ext.methods.sgmse.recipe import enhancement_loss
 from tests.training.tiny import Record
 
@@ -77,6 +78,24 @@ def weights(folder):
     return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
 
+@pytest.fixture(autouse=True)
+def quick_listener(monkeypatch):
+    """Stands for the networks of DNSMOS, which take seconds to load."""
+    monkeypatch.setattr(recipe, "dnsmos", lambda wave, rate: DNSMOS(float(np.abs(wave).max() > 0), 0.0, 0.0, 0.0))
+
+
+def test_figures_that_cannot_be_taken_are_left_out(folder, tmp_path, monkeypatch):
+    def missing(*_):
+        raise ImportError
+
+    monkeypatch.setattr(recipe, "dnsmos", missing)
+    monkeypatch.setattr(recipe, "estoi", missing)
+    train(config(folder, tmp_path, max_train_steps=1))
+    card = (tmp_path / "README.md").read_text()
+    assert "| SI-SDR, noisy |" in card
+    assert not any(name in card for name in ("ESTOI", "DNSMOS"))
+
+
 def test_a_resumed_run_is_the_whole_one(folder, tmp_path, capsys):
     mixed = {"train_data_dir": str(folder / "pairs" / "clean"), "noise_dir": str(folder / "pairs" / "noisy")}
     mixed |= {"reverberation": True, "validation_data_dir": str(folder / "pairs"), "validation_steps": 2}
@@ -98,6 +117,7 @@ def test_a_resumed_run_is_the_whole_one(folder, tmp_path, capsys):
     assert [loaded.config[name] for name in SOUND] == list(SOUND.values())
     card = (tmp_path / "whole" / "README.md").read_text()
     assert "| SI-SDR, enhanced |" in card
+    assert "| DNSMOS, noisy | 1 |" in card
     assert "pipeline_tag: audio-to-audio" in card
     logs = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [log["step"] for log in logs if "SI-SDR, noisy" in log] == [2, 4]
