@@ -134,6 +134,7 @@ _PUBLIC = {
     "methods.pnnp.noise_recipe": ["PNNPNoiseConfig", "PNNPNoiseRecipe"],
     "methods.pnnp.pipeline": ["RawDenoisePipeline"],
     "methods.pnnp.proxy": ["SensorNoiseProxy"],
+    "methods.pnnp.recipe": ["PNNPConfig", "PNNPRecipe"],
     "methods.pnnp.raw_files": ["RawImage", "read_raw"],
     "methods.pnnp.simulation": ["CameraTruth", "simulate_dark_frames", "simulate_flat_pairs", "simulate_raw"],
     "methods.pnnp.synthesis": ["NoisyRaw", "RawNoiseSynthesizer"],

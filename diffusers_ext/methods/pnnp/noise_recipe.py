@@ -26,10 +26,11 @@ from .dark_model import DarkFrameModel
 from .decouple import decouple_dark_frames
 from .losses import DistributionLoss
 from .noise_pipeline import SensorNoisePipeline
+from .numbers import numbers
 from .proxy import SensorNoiseProxy
 from .raw_files import RawImage, frames_by_iso, read_frames, read_raw
 
-__all__ = ["PNNPNoiseConfig", "PNNPNoiseRecipe", "gaussian_start", "numbers"]
+__all__ = ["PNNPNoiseConfig", "PNNPNoiseRecipe", "gaussian_start"]
 
 SNIPPET = """import diffusers_ext  # pip install diffusers-ext
 from diffusers import DiffusionPipeline
@@ -37,28 +38,6 @@ from diffusers import DiffusionPipeline
 noise = DiffusionPipeline.from_pretrained("{repo_id}")
 frames = noise(iso=ISO, num_frames=4).frames  # (4, height, width), uint16
 synthesizer = noise.synthesizer()  # clean packed raw images -> noisy ones"""
-
-
-def numbers(name: str, text: str | None, count: int | None = None) -> tuple[float, ...] | None:
-    """Reads numbers with commas between them.
-
-    Args:
-        name: of the argument, for messages.
-        text: what was given.
-        count: how many there must be.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if text is None:
-        return None
-    try:
-        found = tuple(float(word) for word in text.split(","))
-    except ValueError:
-        found = ()
-    fits = len(found) > 0 and count in (None, len(found)) and all(np.isfinite(found))
-    require(fits, name, text, f"{count or 'some'} numbers with commas between them")
-    return found
 
 
 @dataclass
@@ -280,7 +259,7 @@ class PNNPNoiseRecipe(Recipe[PNNPNoiseConfig]):
 
 
 def gaussian_start(dark: DarkFrameModel, iso_to_gain: tuple[float, float]) -> tuple[float, float]:
-    """Returns a, in electrons, and b, in DN, for which (K a)^2 + b^2 fits the variances of pixels best, both above 0."""
+    """Returns a, in electrons, and b, in DN, both above 0, for which (K a)^2 + b^2 fits the variances best."""
     gains = np.array([gain_at(iso_to_gain, iso) for iso in dark.config.isos])
     variance = np.maximum(dark.pixel_std.numpy().astype(np.float64) ** 2, 1e-6)
     found, _ = nnls(np.stack([gains**2, np.ones_like(gains)], 1) / variance[:, None], np.ones(len(variance)))

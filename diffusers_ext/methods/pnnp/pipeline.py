@@ -164,9 +164,8 @@ class RawDenoisePipeline(SafePipeline):
         for name, value in (("black_level", black), ("white_level", white), ("pattern", pattern)):
             if value is not None or getattr(image, name) is None:
                 setattr(image, name, value if value is not None else config[name])
-        assert image.pattern is not None and image.white_level is not None and image.black_level is not None
-        check_levels(image.white_level, image.black_level)
-        check_pattern(image.pattern)
+        check_levels(image.white_level or 0.0, image.black_level or 0.0)
+        check_pattern(image.pattern or "")
         if self.dark is not None:
             require(
                 image.iso is not None, "iso", None, "given: the file does not say it, and dark shading depends on it"

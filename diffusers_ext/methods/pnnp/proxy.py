@@ -236,7 +236,7 @@ class SensorNoiseProxy(SafeLoadingMixin, ModelMixin, ConfigMixin):
     def from_original_state_dict(
         cls, state: Mapping[str, torch.Tensor], calibrated_isos: Sequence[float] | None = None
     ) -> SensorNoiseProxy:
-        """Makes the proxy of the authors' weights, such as `torch.load("pw_iso_2stage_lowISO.pth", weights_only=True)`.
+        """Makes the proxy of the authors' weights, as `torch.load("pw_iso_2stage_lowISO.pth", weights_only=True)`.
 
         Args:
             state: the weights by the authors' names, `proxy_pixel.nn_pre.0.weight` and so on.
@@ -250,7 +250,8 @@ class SensorNoiseProxy(SafeLoadingMixin, ModelMixin, ConfigMixin):
         first, scaler = bare.get("nn_pre.0.weight"), bare.get("scaler")
         named = first is not None and scaler is not None and scaler.numel() == len(ISO_STOPS) and "ISO2K" in bare
         require(named, "state", sorted(state)[:4], "weights with `proxy_pixel.nn_pre.0.weight`, `ISO2K` and `scaler`")
-        assert first is not None and scaler is not None
+        assert first is not None
+        assert scaler is not None
         trained = tuple(i for i, c in zip(ISO_STOPS, scaler.tolist(), strict=True) if c != 0)
         blocks = sum(name.startswith("nn_pre.") and name.endswith(".conv1.conv.weight") for name in bare)
         gain = tuple(bare["ISO2K"].tolist())
