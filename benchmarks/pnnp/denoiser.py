@@ -20,12 +20,10 @@ import torch
 
 from benchmarks.harness import figure, spread, write_result
 from benchmarks.pnnp.photos import BLACK, SIZE, WHITE, photographs, write_clean
-from benchmarks.pnnp.proxy import write_frames
+from benchmarks.pnnp.proxy import trained
 from diffusers_ext import (
     CameraTruth,
     PNNPConfig,
-    PNNPNoiseConfig,
-    PNNPNoiseRecipe,
     PNNPRecipe,
     RawDenoisePipeline,
     Trainer,
@@ -36,7 +34,7 @@ ISO = 1600
 # Law -> ratio, loss, steps and the decay of the average, and what trains the networks.
 LAWS = {
     "mild": ((50, 100), "l1", 350, 0.9, ("proxy", "gaussian")),
-    "heavy": ((200, 300), "l2", 900, 0.99, ("proxy", "gaussian", "true")),
+    "heavy": ((200, 300), "l2", 700, 0.98, ("proxy", "gaussian", "true")),
 }
 ROWS = {"input": "noisy", "proxy": "learned noise", "gaussian": "Gaussian noise", "true": "true noise",
         "unshaded": "learned noise, dark shading left in"}  # fmt: skip
@@ -47,7 +45,7 @@ GOALS = {
     "mild_shading": ">= 0.3",
 }
 SAYS = {
-    r"(mild|heavy)_proxy_over_gaussian": "Law \\1: trained with learned noise it is {:.2f} dB ahead of Gaussian noise.",
+    r"(mild|heavy)_proxy_over_gaussian": "Law \\1: learned noise in training is {:.2f} dB ahead of Gaussian noise.",
     r"(mild|heavy)_proxy_over_input": "Law \\1: it gains {:.2f} dB over the noisy images.",
     r"(mild|heavy)_proxy_over_true": "Law \\1: it is {:.2f} dB ahead of a network trained with the true noise.",
     r"(mild|heavy)_shading": "Law \\1: to take dark shading off gains {:.2f} dB.",
@@ -55,17 +53,11 @@ SAYS = {
 
 
 def learned(law, seed, folder):
-    """Returns the camera's noise, learned from its dark frames."""
-    output = folder / f"{law}-{seed}" / "noise"
-    if not (output / "model_index.json").is_file():
-        write_frames(CameraTruth(*SIZE, law=law, seed=seed), seed, output.parent / "darks")
-        config = PNNPNoiseConfig(
-            dark_frames_dir=str(output.parent / "darks"), camera="sony_a7s2", output_dir=str(output), seed=seed,
-            max_train_steps=600, num_validation_images=0, logging_steps=100, checkpointing_steps=200,
-            checkpoints_total_limit=1, resume_from_checkpoint="latest",
-        )  # fmt: skip
-        Trainer(config, PNNPNoiseRecipe(config)).train()
-    return output
+    """Returns where the camera's noise is, learned from its dark frames; the mild law's is the other experiment's."""
+    place = folder.parent / "proxy" if law == "mild" else folder / "heavy"
+    place = place / f"seed-{seed}"
+    trained(CameraTruth(*SIZE, law=law, seed=seed), seed, place)
+    return place / "noise"
 
 
 class TrueNoise:
@@ -152,6 +144,9 @@ def main():
     start, folder = time.perf_counter(), arguments.output_dir
     write_clean(folder / "clean")
     results = {law: [run(law, seed, folder) for seed in arguments.seeds] for law in arguments.laws}
+    if set(results) != set(LAWS):
+        print("the result is written once all laws are there")
+        return
     figures = {}
     for law, seeds in results.items():
         differences = {

@@ -42,7 +42,7 @@ class PNNPConfig(TrainConfig):
     """
 
     train_data_dir: str = described(
-        "Folder of clean raw images: .npy, .tif, or with the extra `raw` DNG, NEF, ARW ...; well exposed, at a low ISO.",
+        "Folder of clean raw images, well exposed, of a low ISO: .npy, .tif, with the extra `raw` DNG, NEF, ARW ...",
         "",
         group="data",
     )

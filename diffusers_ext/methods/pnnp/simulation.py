@@ -62,7 +62,7 @@ class CameraTruth:
         return 0.6 * np.sin(iso / 300) + 0.0004 * iso
 
     def maps(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns slope and intercept of dark shading, `(height, width)`, of mean 0: smooth parts and single pixels."""
+        """Returns slope and intercept of dark shading, `(height, width)`, of mean 0: smooth, and by pixels."""
         rng = np.random.default_rng([self.seed, 1])
         rows = np.linspace(-1, 1, self.height)[:, None]
         columns = np.linspace(-1, 1, self.width)[None]
