@@ -90,6 +90,10 @@ class DarkFrameModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         low, high = self.config.isos[0], self.config.isos[-1]
         require(low <= iso <= high, "iso", iso, f"within the calibrated range, {low:g} to {high:g}")
 
+    def forward(self, iso: float) -> torch.Tensor:
+        """Returns `dark_shading(iso)`."""
+        return self.dark_shading(iso)
+
     def dark_shading(self, iso: float) -> torch.Tensor:
         """Returns the mean dark frame above the black level, `(height, width)` in DN.
 

@@ -65,15 +65,15 @@ def read_raw(path: str | os.PathLike) -> RawImage:
     require(path.is_file(), "raw", str(path), "a file that exists")
     suffix = path.suffix.lower()
     require(suffix in RAW_SUFFIXES, "raw", str(path), f"a file of one of the kinds {list(RAW_SUFFIXES)}")
+    if suffix not in ARRAYS:
+        return _camera_file(path)
     try:
-        if suffix not in ARRAYS:
-            return _camera_file(path)
         if suffix == ".npy":
             pixels = np.load(path, mmap_mode="r", allow_pickle=False)
         else:
             with Image.open(path) as image:
                 pixels = np.asarray(image)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"`raw` must be a file that can be read, got {str(path)!r}: {error}") from error
     numbers = pixels.ndim == 2 and pixels.dtype.kind in "uif"
     require(numbers, "raw", f"{path}, {pixels.dtype} {pixels.shape}", "numbers (height, width)")
