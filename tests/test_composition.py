@@ -411,7 +411,7 @@ def _(models, capsys):
     ("noise2score", "pnnp"),
     "Noise2Score of raw images that PNNP made noisy",
     "works",
-    "`RawNoiseSynthesizer.corrupt` with the terms shot and pixel is Poisson noise of scale K ratio / range and read noise.",
+    "`RawNoiseSynthesizer.corrupt`, terms shot and pixel: Poisson noise of scale K ratio / range, and read noise.",
 )
 def _(models, capsys):
     synthesizer = RawNoiseSynthesizer(terms=["shot", "pixel"], augment=False, iso=(800, 800), ratio=(100, 100))

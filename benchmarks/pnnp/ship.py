@@ -19,7 +19,16 @@ from benchmarks.harness import RESULTS
 from benchmarks.pnnp.photos import BLACK, SIZE, WHITE, mosaic, write_clean
 from benchmarks.pnnp.proxy import trained
 from benchmarks.small_models import train
-from diffusers_ext import CameraTruth, PNNPConfig, PNNPRecipe, RawDenoisePipeline, RepoCard, save_repo, simulate_raw
+from diffusers_ext import (
+    CameraTruth,
+    DarkFrameModel,
+    PNNPConfig,
+    PNNPRecipe,
+    RawDenoisePipeline,
+    RepoCard,
+    save_repo,
+    simulate_raw,
+)
 
 ROOT = RESULTS.parents[1]
 RUNS, FOLDER = ROOT / "runs" / "pnnp", ROOT / "diffusers_ext" / "assets" / "photos-pnnp"
@@ -36,6 +45,17 @@ def scene():
     from sklearn.datasets import load_sample_image
 
     return load_sample_image("china.jpg")[200 : 200 + SIZE[0], 432 : 432 + SIZE[1]]
+
+
+def without_residuals(dark):
+    """The same without what only learns from it."""
+    c = dark.config
+    small = DarkFrameModel(c.height, c.width, c.isos, (), 0, c.black_level, c.iso_to_gain, c.rounded)
+    for name, value in small.named_buffers():
+        value.copy_(
+            getattr(dark, name)[: len(value), ..., : value.shape[-1]] if value.ndim > 1 else getattr(dark, name)
+        )
+    return small.eval()
 
 
 def main():
@@ -63,9 +83,7 @@ def main():
     def psnr(found):
         return float(-10 * np.log10(((found.clip(0, 1) - clean) ** 2).mean()))
 
-    for part in (noise, pipeline):
-        part.dark.residuals = part.dark.residuals[:, :0]
-        part.dark.register_to_config(num_residuals=0)
+    noise.dark = pipeline.dark = without_residuals(noise.dark)
     card = RepoCard(
         method="PNNP raw denoising",
         description="Denoises raw images of a camera that does not exist: 128 x 192 pixels at ISO 1600, exposed 50 to "
@@ -84,6 +102,8 @@ def main():
         results={"PSNR of the raw crop, noisy": psnr(noisy), "denoised": psnr(denoised)},
         pipeline_tag="image-to-image",
     )
+    noise.register_modules(dark=noise.dark)
+    pipeline.register_modules(dark=pipeline.dark)
     save_repo(pipeline, FOLDER, card=card)
     noise.save_pretrained(FOLDER / "noise")
     Image.fromarray(photo).save(FOLDER / "crop.png")

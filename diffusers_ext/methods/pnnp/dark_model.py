@@ -107,7 +107,8 @@ class DarkFrameModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
     def statistic(self, name: str, iso: float) -> float:
         """Returns a number of an ISO, in DN: between ISOs of the same native gain interpolated.
 
-        Standard deviations are interpolated as straight lines of logarithms, offsets as straight lines.
+        Variances are straight lines of the squared ISO, as a part before and a part behind the gain have together;
+        offsets are straight lines of the ISO.
 
         Args:
             name: `"offset"`, `"pixel_std"`, `"row_std"`, `"column_std"` or `"frame_std"`.
@@ -127,10 +128,10 @@ class DarkFrameModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         low, high = values[below], values[above]
         if below == above:
             return low
-        if name == "offset" or min(low, high) <= 0:
-            share = (iso - below) / (above - below)
-            return low + share * (high - low)
-        return low * math.exp(math.log(high / low) * math.log(iso / below) / math.log(above / below))
+        if name == "offset":
+            return low + (iso - below) / (above - below) * (high - low)
+        share = (iso**2 - below**2) / (above**2 - below**2)
+        return math.sqrt(low**2 + share * (high**2 - low**2))
 
     def sample_residuals(
         self, shape: Sequence[int], iso: float, generator: torch.Generator | None = None

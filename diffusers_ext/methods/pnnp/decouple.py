@@ -183,6 +183,7 @@ def decouple_dark_frames(
     """
     isos = sorted(float(iso) for iso in frames)
     require(len(isos) > 0 and all(iso > 0 and math.isfinite(iso) for iso in isos), "iso", isos, "numbers > 0")
+    native_limits = [limit for limit in native_limits if isos[0] <= limit < isos[-1]]  # between frames
     branches = [sum(iso > limit for limit in native_limits) for iso in isos]
     for branch in range(len(native_limits) + 1):
         own = [iso for iso, other in zip(isos, branches, strict=True) if other == branch]

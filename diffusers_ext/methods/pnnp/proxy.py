@@ -220,7 +220,8 @@ class SensorNoiseProxy(SafeLoadingMixin, ModelMixin, ConfigMixin):
             constant_std: slope of f2, in DN.
         """
         for network, std in ((self.nn_pre, gain_std), (self.nn_fol, constant_std)):
-            first, last = network[0], network[-1]
+            first: Any = network[0]
+            last: Any = network[-1]
             # silu(z) - silu(-z) = z, in two channels that the blocks leave as they are at first.
             first.weight[:2, 0, 0, 0] = torch.tensor([1.0, -1.0])
             first.bias[:2] = 0
@@ -229,8 +230,9 @@ class SensorNoiseProxy(SafeLoadingMixin, ModelMixin, ConfigMixin):
             last.weight[0, :2, 0, 0] = torch.tensor([std, -std])
             for block in network:
                 if isinstance(block, _Block):
-                    block.conv2.conv.weight[:2] = 0
-                    block.conv2.conv.bias[:2] = 0
+                    conv: Any = block.conv2.conv
+                    conv.weight[:2] = 0
+                    conv.bias[:2] = 0
 
     @classmethod
     def from_original_state_dict(
