@@ -1,6 +1,6 @@
-"""Raw denoisers trained with learned noise, with Gaussian noise, and with the true one: three seeds, two laws.
+"""Raw denoisers trained with learned and with Gaussian noise: three seeds, two laws.
 
-    python -m benchmarks.pnnp.denoiser     # 25 minutes on one core
+    python -m benchmarks.pnnp.denoiser     # a quarter of an hour on one core
 
 As a user goes: dark frames of a simulated camera are taken apart and its noise is learned (the mild law's as in
 benchmarks.pnnp.proxy), then small denoisers are trained on parts of two photographs and tried on others that the true
@@ -34,20 +34,22 @@ ISO = 1600
 # Law -> ratio, loss, steps and the decay of the average, and what trains the networks.
 LAWS = {
     "mild": ((50, 100), "l1", 350, 0.9, ("proxy", "gaussian")),
-    "heavy": ((200, 300), "l2", 700, 0.98, ("proxy", "gaussian", "true")),
+    "heavy": ((200, 300), "l2", 700, 0.98, ("proxy", "gaussian")),
 }
-ROWS = {"input": "noisy", "proxy": "learned noise", "gaussian": "Gaussian noise", "true": "true noise",
+ROWS = {"input": "noisy", "proxy": "learned noise", "gaussian": "Gaussian noise",
         "unshaded": "learned noise, dark shading left in"}  # fmt: skip
 # Written before the run.
 GOALS = {
     "mild_proxy_over_gaussian": ">= -0.2",
     "mild_proxy_over_input": ">= 1",
     "mild_shading": ">= 0.3",
+    # Settled on another seed, 7, with 900 steps: squares and an average of the weights; learned noise was 0.37 dB behind
+    # there. Seeds differ by about 1 dB, more than noise of another law is likely to change.
+    "heavy_proxy_over_gaussian": ">= 0",
 }
 SAYS = {
     r"(mild|heavy)_proxy_over_gaussian": "Law \\1: learned noise in training is {:.2f} dB ahead of Gaussian noise.",
     r"(mild|heavy)_proxy_over_input": "Law \\1: it gains {:.2f} dB over the noisy images.",
-    r"(mild|heavy)_proxy_over_true": "Law \\1: it is {:.2f} dB ahead of a network trained with the true noise.",
     r"(mild|heavy)_shading": "Law \\1: to take dark shading off gains {:.2f} dB.",
 }
 
@@ -58,18 +60,6 @@ def learned(law, seed, folder):
     place = place / f"seed-{seed}"
     trained(CameraTruth(*SIZE, law=law, seed=seed), seed, place)
     return place / "noise"
-
-
-class TrueNoise:
-    """The camera's law in the place of what was learned."""
-
-    def __init__(self, truth):
-        self.truth = truth
-
-    def sample(self, shape, iso, generator=None):
-        rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
-        noise = [self.truth.pixel_noise(tuple(shape[1:]), float(one), rng) for one in iso]
-        return torch.from_numpy(np.stack(noise)).float()
 
 
 def denoiser(law, kind, seed, folder):
@@ -85,17 +75,7 @@ def denoiser(law, kind, seed, folder):
             learning_rate=1e-3, ema_decay=decay, seed=seed, augment_noise=False, num_validation_images=0,
             logging_steps=50, checkpointing_steps=250, checkpoints_total_limit=1, resume_from_checkpoint="latest",
         )  # fmt: skip
-        recipe = PNNPRecipe(config)
-        if kind == "true":
-            made = recipe.noise
-
-            def true():
-                synthesizer, dark = made()
-                synthesizer.proxy = TrueNoise(CameraTruth(*SIZE, law=law, seed=seed))
-                return synthesizer, dark
-
-            recipe.noise = true
-        Trainer(config, recipe).train()
+        Trainer(config, PNNPRecipe(config)).train()
     pipeline = RawDenoisePipeline.from_pretrained(output)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -152,13 +132,11 @@ def main():
         differences = {
             f"{law}_proxy_over_gaussian": ("proxy", "gaussian"),
             f"{law}_proxy_over_input": ("proxy", "input"),
-            f"{law}_proxy_over_true": ("proxy", "true"),
             f"{law}_shading": ("proxy", "unshaded"),
         }
         for key, (one, other) in differences.items():
-            if other in seeds[0]:
-                values = [found[one] - found[other] for found in seeds]
-                figures[key] = figure(statistics.mean(values), "dB", GOALS.get(key), spread(values))
+            values = [found[one] - found[other] for found in seeds]
+            figures[key] = figure(statistics.mean(values), "dB", GOALS.get(key), spread(values))
         for method in seeds[0]:
             values = [found[method] for found in seeds]
             figures[f"{law}_{method}"] = figure(statistics.mean(values), "dB", spread=spread(values))

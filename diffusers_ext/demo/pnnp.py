@@ -59,7 +59,7 @@ def pnnp(output_dir: Path) -> Path:
             "clean": develop(clean),
             f"noisy, {figures['noisy']:.1f} dB": develop(noisy),
             f"denoised, {figures['denoised']:.1f} dB": develop(denoised),
-            "noise of pixels": histogram(counts).resize((192, 128)),
+            "noise of pixels": histogram(counts, 128),
         }
     )
     return saved(picture, output_dir / "pnnp.png", figures)
