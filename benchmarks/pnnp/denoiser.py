@@ -43,7 +43,7 @@ GOALS = {
     "mild_proxy_over_gaussian": ">= -0.2",
     "mild_proxy_over_input": ">= 1",
     "mild_shading": ">= 0.3",
-    # Settled on another seed, 7, with 900 steps: squares and an average of the weights; learned noise was 0.37 dB behind
+    # Settled on another seed, 7, with 900 steps: squares, and averaged weights; learned noise was 0.37 dB behind
     # there. Seeds differ by about 1 dB, more than noise of another law is likely to change.
     "heavy_proxy_over_gaussian": ">= 0",
 }
