@@ -291,7 +291,10 @@ EXAMPLES = {
     ],
     "SensorNoisePipeline": [
         example(
-            lambda: SensorNoisePipeline(SensorNoiseProxy(isos=(400, 800)), dark(), camera()), iso=500.0, num_frames=2
+            lambda: SensorNoisePipeline(SensorNoiseProxy(isos=(400, 800)), dark(), camera()),
+            iso=500.0,
+            num_frames=2,
+            output_type="pt",
         ),
     ],
     "SensorNoiseProxy": [

@@ -176,7 +176,7 @@ def decouple_dark_frames(
         >>> import numpy as np
         >>> from diffusers_ext import decouple_dark_frames
         >>> rng = np.random.default_rng(0)
-        >>> frames = {iso: (rng.normal(512, iso / 400, (64, 96)) for _ in range(8)) for iso in (400, 800)}
+        >>> frames = {iso: [rng.normal(512, iso / 400, (64, 96)) for _ in range(8)] for iso in (400, 800)}
         >>> model = decouple_dark_frames(frames, black_level=512)
         >>> [round(std) for std in model.pixel_std.tolist()]
         [1, 2]

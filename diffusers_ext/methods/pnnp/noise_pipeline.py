@@ -25,10 +25,10 @@ class SensorNoisePipelineOutput(BaseOutput):
     """What `SensorNoisePipeline` returns.
 
     Attributes:
-        frames: `(num_frames, height, width)` dark frames in DN, uint16.
+        frames: `(num_frames, height, width)` dark frames in DN: uint16, or a tensor of float32 with whole numbers.
     """
 
-    frames: np.ndarray
+    frames: np.ndarray | torch.Tensor
 
 
 class SensorNoisePipeline(SafePipeline):
@@ -85,22 +85,25 @@ class SensorNoisePipeline(SafePipeline):
         iso: float,
         num_frames: int = 1,
         generator: torch.Generator | None = None,
+        output_type: str = "np",
         return_dict: bool = True,
-    ) -> SensorNoisePipelineOutput | tuple[np.ndarray]:
+    ) -> SensorNoisePipelineOutput | tuple[np.ndarray | torch.Tensor]:
         """Draws dark frames.
 
         Args:
             iso: within the calibrated range.
             num_frames: how many.
             generator: draws them.
+            output_type: `"np"` for an array of uint16, `"pt"` for a tensor.
             return_dict: return a `SensorNoisePipelineOutput` instead of a tuple.
 
         Returns:
             `SensorNoisePipelineOutput`, or its frames in a tuple.
 
         Raises:
-            ValueError: the ISO is outside of the calibrated range, or no frames are asked for.
+            ValueError: the ISO is outside of the calibrated range, no frames are asked for, or an unknown type.
         """
+        require(output_type in ("np", "pt"), "output_type", output_type, "one of ['np', 'pt']")
         require(isinstance(num_frames, int) and num_frames >= 1, "num_frames", num_frames, "an integer >= 1")
         shading = self.dark.dark_shading(iso).cpu()
         height, width = shading.shape
@@ -116,8 +119,8 @@ class SensorNoisePipeline(SafePipeline):
                 for name, shape in (("row", (height, 1)), ("column", (1, width)), ("frame", (1, 1))):
                     frame = frame + self.dark.statistic(f"{name}_std", iso) * normal(*shape)
                 dn = (frame + camera.black_level).round().clamp(0, camera.white_level)
-                frames.append(dn.numpy().astype(np.uint16))
+                frames.append(dn if output_type == "pt" else dn.numpy().astype(np.uint16))
                 bar.update()
         self.maybe_free_model_hooks()
-        found = np.stack(frames)
+        found = torch.stack(frames) if output_type == "pt" else np.stack(frames)
         return SensorNoisePipelineOutput(found) if return_dict else (found,)
