@@ -80,6 +80,12 @@ METHODS = {
             "real photographs."
         ),
     },
+    "pnnp": {
+        "title": "PNNP raw denoising",
+        "papers": ["2310.09126"],
+        "gives": "Learn a camera's noise from frames with the cap on, and denoise its raw images.",
+        "headline": "No experiment yet.",
+    },
     "q_diffusion": {
         "title": "Q-Diffusion",
         "papers": ["2302.04304"],

@@ -22,6 +22,8 @@ METHODS = {
     "mmd_ddm": ("MMDDDMRecipe", "a pretrained denoiser, for few sampling steps"),
     "noise2score": ("Noise2ScoreRecipe", "the score of noisy images from them alone, for denoising"),
     "oms": ("OMSRecipe", "a One More Step module for a base pipeline"),
+    "pnnp": ("PNNPRecipe", "a raw denoiser, on clean raw images and a camera's noise"),
+    "pnnp_noise": ("PNNPNoiseRecipe", "a camera's noise, from frames with the cap on"),
     "sda_classifier": ("SDAClassifierRecipe", "an image classifier on aligned synthetic images"),
     "sgmse": ("SGMSERecipe", "speech enhancement, from pairs of recordings or mixed on the fly"),
     "text_to_image": ("TextToImageRecipe", "any text-to-image pipeline of Diffusers, whole or by LoRA"),

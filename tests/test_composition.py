@@ -34,8 +34,12 @@ from diffusers_ext import (
     OMSConfig,
     OMSPipeline,
     OMSRecipe,
+    PNNPConfig,
+    PNNPRecipe,
+    PoissonGaussianNoise,
     QDiffConfig,
     QuantLinear,
+    RawNoiseSynthesizer,
     ScoreField,
     SDAClassifierConfig,
     SDATTAPipeline,
@@ -154,6 +158,15 @@ def models(tmp_path_factory):
     run("mmd_ddm of domain_studio", MMDDDMRecipe, "domain_studio", **tuning)
     run("oms", OMSRecipe, "immiscible", module_config=str(folder / "unet.json"))
     run("noise2score", Noise2ScoreRecipe, network="conv")
+    (folder / "raw").mkdir()
+    np.save(folder / "raw" / "clean.npy", rng.integers(600, 9000, (128, 128), dtype=np.uint16))
+    (folder / "raw.json").write_text('{"base_channels": 2}')
+    names = ("max_train_steps", "learning_rate", "ema_decay", "logging_steps", "num_validation_images")
+    raw = {name: common[name] for name in names}
+    raw |= {"train_data_dir": str(folder / "raw"), "unet_config": str(folder / "raw.json"), "camera": "sony_a7s2"}
+    config = PNNPConfig(**raw, output_dir=str(folder / "pnnp"), resolution=16, train_batch_size=2)
+    watched["pnnp"] = Watch(config.ema_decay)
+    Trainer(config, PNNPRecipe(config), [watched["pnnp"]]).train()
     text = {
         "train_data_dir": str(folder / "photos"),
         "instance_prompt": "a red cat",
@@ -394,6 +407,32 @@ def _(models, capsys):
     with torch.no_grad():
         noise = base.unet(a.sqrt() * y, 100).sample
     torch.testing.assert_close(found, y - sigma * noise, atol=1e-4, rtol=1e-4)
+
+
+@row(
+    ("noise2score", "pnnp"),
+    "Noise2Score of raw images that PNNP made noisy",
+    "works",
+    "`RawNoiseSynthesizer.corrupt`, terms shot and pixel: Poisson noise of scale K ratio / range, and read noise.",
+)
+def _(models, capsys):
+    synthesizer = RawNoiseSynthesizer(terms=["shot", "pixel"], augment=False, iso=(800, 800), ratio=(100, 100))
+    camera, clean = synthesizer.camera, torch.full((8, 4, 128, 128), 0.2)
+    share = 100 / (camera.white_level - camera.black_level)
+    noise = PoissonGaussianNoise(camera.gain(800) * share, synthesizer.pixel_std(800) * share)
+    found, same = synthesizer.corrupt(clean, seeded()), noise.corrupt(clean, seeded(1))
+    torch.testing.assert_close(found.mean(), same.mean(), atol=0, rtol=0.01)
+    torch.testing.assert_close(found.std(), same.std(), atol=0, rtol=0.01)
+
+
+@row(
+    ("pnnp", "immiscible"),
+    "Immiscible noise in the training of raw denoising",
+    "refused",
+    "The noise is the camera's, and knows nothing of other images; `--noise` is no argument of it.",
+)
+def _(models, capsys):
+    not_taken(PNNPConfig, "noise", capsys)
 
 
 @row(
@@ -778,6 +817,16 @@ def _(models, capsys):
 
 
 @row(
+    ("pnnp", "lora"),
+    "PNNP by LoRA",
+    "refused",
+    "Its networks are trained whole; `--lora_rank` is no argument of it.",
+)
+def _(models, capsys):
+    not_taken(PNNPConfig, "lora_rank", capsys)
+
+
+@row(
     ("sda", "lora"),
     "SDA's fine-tuning by LoRA",
     "refused",
@@ -843,6 +892,11 @@ def _(models, capsys):
     models.watched["sgmse"] = Watch(config.ema_decay)
     Trainer(config, SGMSERecipe(config), [models.watched["sgmse"]]).train()
     averaged(models, "sgmse")
+
+
+@row(("pnnp", "ema"), "EMA of PNNP", "works", "What is saved is the average.")
+def _(models, capsys):
+    averaged(models, "pnnp")
 
 
 @row(("noise_diffusion", "ema"), "NoiseDiffusion with averaged weights", "works", "A saved repo holds the average.")

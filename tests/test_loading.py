@@ -25,16 +25,23 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 import diffusers_ext
 from diffusers_ext import (
     AmbientPipeline,
+    CameraProfile,
+    DarkFrameModel,
     ImageClassifierFeatures,
     ImageGenerationPipeline,
+    NativeGain,
     Noise2ScoreConvNet,
     Noise2ScorePipeline,
     Noise2ScoreUNet,
     NoiseDiffusionPipeline,
     OMSPipeline,
     OUVEScheduler,
+    RawDenoisePipeline,
+    RawUNet,
     SBVEScheduler,
     SDATTAPipeline,
+    SensorNoisePipeline,
+    SensorNoiseProxy,
     SGMSEUNet2DModel,
     SongUNet2DModel,
     SpeechEnhancementPipeline,
@@ -65,6 +72,26 @@ def vae():
         in_channels=1, out_channels=1, latent_channels=2, block_out_channels=(8, 8), norm_num_groups=2, sample_size=16,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
+
+
+def raw_unet():
+    """A network that does not start as nothing at all."""
+    network = RawUNet(base_channels=2).eval()
+    torch.nn.init.normal_(network.conv10_1.weight)
+    return network
+
+
+def dark():
+    """Dark frames of 8 x 12 pixels whose maps, deviations and residuals are numbers."""
+    made = DarkFrameModel(8, 12, (400.0, 800.0), num_residuals=5, black_level=64.0).eval()
+    for buffer in (b for b in made.buffers() if b.is_floating_point()):
+        buffer.uniform_(0.5, 1.5)
+    made.bad_pixels[2, 3] = True
+    return made
+
+
+def camera():
+    return CameraProfile(1023, 64, (0.001, 0.0), (NativeGain(400, 800),)).to_dict()
 
 
 def example(build, **call):
@@ -239,6 +266,43 @@ EXAMPLES = {
             sample_rate=8000,
             num_inference_steps=2,
             output_type="pt",
+        ),
+    ],
+    "DarkFrameModel": [example(dark, iso=500.0)],
+    "RawDenoisePipeline": [
+        example(
+            lambda: RawDenoisePipeline(raw_unet(), dark(), 1023.0, 64.0, "BGGR"),
+            raw=torch.linspace(60, 200, 96).reshape(8, 12),
+            iso=500.0,
+            ratio=2.0,
+            output_type="pt",
+        ),
+        example(
+            lambda: RawDenoisePipeline(raw_unet(), white_level=255.0, black_level=0.0),
+            raw=torch.linspace(60, 200, 96).reshape(8, 12),
+            output_type="pt",
+        ),
+    ],
+    "RawUNet": [
+        example(raw_unet, sample=torch.linspace(0, 1, 480).reshape(1, 4, 10, 12)),
+        example(
+            lambda: RawUNet(base_channels=2, residual=False), sample=torch.linspace(0, 1, 480).reshape(1, 4, 10, 12)
+        ),
+    ],
+    "SensorNoisePipeline": [
+        example(
+            lambda: SensorNoisePipeline(SensorNoiseProxy(isos=(400, 800)), dark(), camera()),
+            iso=500.0,
+            num_frames=2,
+            output_type="pt",
+        ),
+    ],
+    "SensorNoiseProxy": [
+        example(
+            lambda: SensorNoiseProxy(4, 1, (0.001, 0.0), (400, 800, 1600), (400, 1600)),
+            z1=torch.linspace(-2, 2, 24).reshape(2, 12),
+            z2=torch.linspace(2, -2, 24).reshape(2, 12),
+            iso=torch.tensor([500.0, 900.0]),
         ),
     ],
     "SDATTAPipeline": [

@@ -20,6 +20,7 @@ PANELS = [
     "noise2score",
     "noise_diffusion",
     "one_more_step",
+    "pnnp",
     "q_diffusion",
     "sda",
     "speech_enhancement",

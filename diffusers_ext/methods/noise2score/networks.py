@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from diffusers_ext.generation.tiles import padded
 from diffusers_ext.hub.loading import SafeLoadingMixin
 
-__all__ = ["Noise2ScoreConvNet", "Noise2ScoreOutput", "Noise2ScoreUNet", "padded"]
+__all__ = ["Noise2ScoreConvNet", "Noise2ScoreOutput", "Noise2ScoreUNet"]
 
 
 @dataclass
@@ -28,17 +28,6 @@ class Noise2ScoreOutput(BaseOutput):
     """
 
     sample: torch.Tensor
-
-
-def padded(x: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Mirrors the right and lower edge on until height and width are multiples of a number."""
-    for edge, dim in (((0, 1, 0, 0), -1), ((0, 0, 0, 1), -2)):
-        while missing := -x.shape[dim] % multiple:
-            step = min(missing, x.shape[dim] - 1)
-            # A single row has nothing to mirror.
-            mode, amount = ("reflect", step) if step else ("replicate", missing)
-            x = F.pad(x, [amount * e for e in edge], mode=mode)
-    return x
 
 
 class _ScoreNetwork(SafeLoadingMixin, ModelMixin, ConfigMixin):

@@ -12,13 +12,13 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.utils import BaseOutput
 
+from diffusers_ext.generation.tiles import Tiling, tiled
 from diffusers_ext.hub.loading import SafePipeline
 
 from .blind import BLIND_FAMILIES, NoiseEstimate, check_range, estimate_noise_parameter, noise_maker
 from .images import as_output, read_noisy_images
 from .networks import Noise2ScoreConvNet, Noise2ScoreUNet
 from .noises import FAMILIES, ExponentialFamilyNoise, ExponentialNoise, NoiseModel, PoissonGaussianNoise
-from .tiles import Tiling, tiled
 from .tweedie import posterior_mean
 
 __all__ = ["Noise2ScorePipeline", "Noise2ScorePipelineOutput"]

@@ -14,7 +14,7 @@ from diffusers_ext import (
     ar_dae_loss,
     estimate_noise_std,
 )
-from diffusers_ext.methods.noise2score.tiles import Tiling, tiled
+from diffusers_ext.generation.tiles import Tiling, tiled
 
 
 class Original(nn.Module):

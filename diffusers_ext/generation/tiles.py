@@ -7,12 +7,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from .networks import padded
-
-__all__ = ["Tiling", "tiled"]
+__all__ = ["Tiling", "padded", "tiled"]
 
 Network = Callable[[torch.Tensor], torch.Tensor]
+
+
+def padded(x: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Mirrors the right and lower edge on until height and width are multiples of a number."""
+    for edge, dim in (((0, 1, 0, 0), -1), ((0, 0, 0, 1), -2)):
+        while missing := -x.shape[dim] % multiple:
+            step = min(missing, x.shape[dim] - 1)
+            # A single row has nothing to mirror.
+            mode, amount = ("reflect", step) if step else ("replicate", missing)
+            x = F.pad(x, [amount * e for e in edge], mode=mode)
+    return x
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,149 @@
+"""Raw denoisers trained with learned and with Gaussian noise: three seeds, two laws.
+
+    python -m benchmarks.pnnp.denoiser     # a quarter of an hour on one core
+
+As a user goes: dark frames of a simulated camera are taken apart and its noise is learned (the mild law's as in
+benchmarks.pnnp.proxy), then small denoisers are trained on parts of two photographs and tried on others that the true
+camera took, at ISO 1600. The mild law is a sensor as they are, whose light's own noise is most of it at these
+exposures; the heavy one has 3 % of outliers (excess kurtosis 33). The photographs are synthetic raw images: no package
+ships real ones.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.harness import figure, spread, write_result
+from benchmarks.pnnp.photos import BLACK, SIZE, WHITE, photographs, write_clean
+from benchmarks.pnnp.proxy import trained
+from diffusers_ext import (
+    CameraTruth,
+    PNNPConfig,
+    PNNPRecipe,
+    RawDenoisePipeline,
+    Trainer,
+    simulate_raw,
+)
+
+ISO = 1600
+# Law -> ratio, loss, steps and the decay of the average, and what trains the networks.
+LAWS = {
+    "mild": ((50, 100), "l1", 350, 0.9, ("proxy", "gaussian")),
+    "heavy": ((200, 300), "l2", 700, 0.98, ("proxy", "gaussian")),
+}
+ROWS = {"input": "noisy", "proxy": "learned noise", "gaussian": "Gaussian noise",
+        "unshaded": "learned noise, dark shading left in"}  # fmt: skip
+# Written before the run.
+GOALS = {
+    "mild_proxy_over_gaussian": ">= -0.2",
+    "mild_proxy_over_input": ">= 1",
+    "mild_shading": ">= 0.3",
+    # Settled on another seed, 7, with 900 steps: squares, and averaged weights; learned noise was 0.37 dB behind
+    # there. Seeds differ by about 1 dB, more than noise of another law is likely to change.
+    "heavy_proxy_over_gaussian": ">= 0",
+}
+SAYS = {
+    r"(mild|heavy)_proxy_over_gaussian": "Law \\1: learned noise in training is {:.2f} dB ahead of Gaussian noise.",
+    r"(mild|heavy)_proxy_over_input": "Law \\1: it gains {:.2f} dB over the noisy images.",
+    r"(mild|heavy)_shading": "Law \\1: to take dark shading off gains {:.2f} dB.",
+}
+
+
+def learned(law, seed, folder):
+    """Returns where the camera's noise is, learned from its dark frames; the mild law's is the other experiment's."""
+    place = folder.parent / "proxy" if law == "mild" else folder / "heavy"
+    place = place / f"seed-{seed}"
+    trained(CameraTruth(*SIZE, law=law, seed=seed), seed, place)
+    return place / "noise"
+
+
+def denoiser(law, kind, seed, folder):
+    """Trains, or goes on training, and returns the pipeline."""
+    ratio, loss, steps, decay, _ = LAWS[law]
+    noise, output = learned(law, seed, folder), folder / f"{law}-{seed}" / kind
+    if not (output / "model_index.json").is_file():
+        (folder / "unet.json").write_text(json.dumps({"base_channels": 8}))
+        config = PNNPConfig(
+            train_data_dir=str(folder / "clean"), noise_model=str(noise), output_dir=str(output), resolution=64,
+            pixel_noise="gaussian" if kind == "gaussian" else "proxy", iso=f"{ISO},{ISO}",
+            ratio=",".join(map(str, ratio)), loss=loss, unet_config=str(folder / "unet.json"), max_train_steps=steps,
+            learning_rate=1e-3, ema_decay=decay, seed=seed, augment_noise=False, num_validation_images=0,
+            logging_steps=50, checkpointing_steps=250, checkpoints_total_limit=1, resume_from_checkpoint="latest",
+        )  # fmt: skip
+        Trainer(config, PNNPRecipe(config)).train()
+    pipeline = RawDenoisePipeline.from_pretrained(output)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def psnr(found, clean):
+    """Of linear raw images in [0, 1]."""
+    return float(-10 * np.log10(((found.clip(0, 1) - clean) ** 2).mean()))
+
+
+def run(law, seed, folder):
+    """Returns `{method: PSNR}`, kept in a file; the noise of the tests is another than that of training."""
+    path = folder / f"{law}-{seed}.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    truth, rng = CameraTruth(*SIZE, law=law, seed=seed), np.random.default_rng([seed, 77])
+    scenes = [(clean, float(rng.uniform(*LAWS[law][0]))) for clean in photographs()[1] for _ in range(2)]
+    shots = [(simulate_raw(truth, clean * (WHITE - BLACK) / ratio, ISO, rng), clean, ratio) for clean, ratio in scenes]
+
+    def mean(denoise):
+        return statistics.mean(
+            psnr((denoise(raw, ratio) - BLACK) / (WHITE - BLACK), clean) for raw, clean, ratio in shots
+        )
+
+    found = {}
+    for kind in LAWS[law][4]:
+        pipeline = denoiser(law, kind, seed, folder)
+        found[kind] = mean(lambda raw, ratio, p=pipeline: p(raw, ISO, ratio).images[0])
+        if kind == "proxy":
+            shading = pipeline.dark.dark_shading(ISO).numpy()
+            found["input"] = mean(lambda raw, ratio, s=shading + BLACK: (raw.astype(np.float32) - s) * ratio + BLACK)
+            pipeline.dark = None
+            found["unshaded"] = mean(lambda raw, ratio, p=pipeline: p(raw, ISO, ratio).images[0])
+        print(law, seed, found, flush=True)
+    path.write_text(json.dumps(found))
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/pnnp/denoiser"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--laws", nargs="+", default=list(LAWS), choices=list(LAWS))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    start, folder = time.perf_counter(), arguments.output_dir
+    write_clean(folder / "clean")
+    results = {law: [run(law, seed, folder) for seed in arguments.seeds] for law in arguments.laws}
+    if set(results) != set(LAWS):
+        print("the result is written once all laws are there")
+        return
+    figures = {}
+    for law, seeds in results.items():
+        differences = {
+            f"{law}_proxy_over_gaussian": ("proxy", "gaussian"),
+            f"{law}_proxy_over_input": ("proxy", "input"),
+            f"{law}_shading": ("proxy", "unshaded"),
+        }
+        for key, (one, other) in differences.items():
+            values = [found[one] - found[other] for found in seeds]
+            figures[key] = figure(statistics.mean(values), "dB", GOALS.get(key), spread(values))
+        for method in seeds[0]:
+            values = [found[method] for found in seeds]
+            figures[f"{law}_{method}"] = figure(statistics.mean(values), "dB", spread=spread(values))
+    table = {"of": "PSNR, dB", "rows": ROWS, "columns": {law: f"law {law}" for law in results}}
+    command = "python -m benchmarks.pnnp.denoiser"
+    write_result("pnnp/denoiser", command, figures, arguments.seeds, time.perf_counter() - start, table, SAYS)
+
+
+if __name__ == "__main__":
+    main()
