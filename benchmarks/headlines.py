@@ -84,7 +84,10 @@ METHODS = {
         "title": "PNNP raw denoising",
         "papers": ["2310.09126"],
         "gives": "Learn a camera's noise from frames with the cap on, and denoise its raw images.",
-        "headline": "No experiment yet.",
+        "headline": (
+            "Noise learned from 24 frames an ISO is {proxy[over_gaussian_800]} times as far from the truth as a "
+            "Gaussian, and wrong by {proxy[std_error_1130]:.1%} in deviation at an ISO without frames."
+        ),
     },
     "q_diffusion": {
         "title": "Q-Diffusion",

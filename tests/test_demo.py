@@ -53,6 +53,11 @@ def test_demo_loads_draws_measures_finetunes_and_reloads(tmp_path):
     assert denoised > noisy + 3
     assert abs(blind - denoised) < 0.4
     assert (tmp_path / "noise2score.png").is_file()
+    found = re.search(r"noisy ([\d.]+) dB, denoised raw ([\d.]+) dB; learned noise is ([\d.]+) times", text)
+    noisy, denoised, nearness = map(float, found.groups())
+    assert denoised > noisy + 1
+    assert nearness < 0.5
+    assert (tmp_path / "pnnp.png").is_file()
     naive, known = map(float, re.search(r"taken for clean ([\d.]+), noise known ([\d.]+)", text).groups())
     assert known * 1.5 < naive
     assert (tmp_path / "ambient.png").is_file()
