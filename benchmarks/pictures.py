@@ -22,7 +22,6 @@ EXPERIMENTS = {
     "q_diffusion_bits": "q_diffusion/experiment",
     "noise2score_levels": "noise2score/experiment",
     "sgmse_sentence": "sgmse/calls",
-    "sgmse_sentence": "sgmse/calls",
 }
 
 
