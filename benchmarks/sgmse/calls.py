@@ -31,8 +31,8 @@ LISTEN = 3  # which sentence of the unseen speakers; noise falls with the root o
 SECONDS = 4
 SOUNDS = RESULTS.parents[1] / "docs" / "sounds"
 SAYS = {
-    r"(\w+)_more_calls_si_sdr": "Set \\1: 30 transitions are {} dB of SI-SDR ahead of 5.",
-    r"(\w+)_more_calls_pesq": "Set \\1: 30 transitions are {} of PESQ ahead of 5.",
+    r"(\w+)_more_calls_si_sdr": "Set \\1: 30 transitions instead of 5 change SI-SDR by {} dB.",
+    r"(\w+)_more_calls_pesq": "Set \\1: 30 transitions instead of 5 change PESQ by {}.",
     r"(\w+)_si_sdr_over_spectral_gating": "Set \\1: 5 transitions are {} dB of SI-SDR ahead of spectral gating.",
     r"(\w+)_estoi_over_spectral_gating": "Set \\1: they are {} of ESTOI ahead of spectral gating.",
     r"(\w+)_pesq_over_spectral_gating": "Set \\1: they are {} of PESQ ahead of spectral gating.",
