@@ -21,6 +21,7 @@ EXPERIMENTS = {
     "immiscible": "immiscible/digits8_flow",
     "q_diffusion_bits": "q_diffusion/experiment",
     "noise2score_levels": "noise2score/experiment",
+    "pnnp_denoisers": "pnnp/denoiser",
     "sgmse_sentence": "sgmse/calls",
 }
 

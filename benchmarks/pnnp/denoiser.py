@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
-from benchmarks.harness import figure, spread, write_result
+from benchmarks.harness import RESULTS, figure, spread, write_result
 from benchmarks.pnnp.photos import BLACK, SIZE, WHITE, photographs, write_clean
 from benchmarks.pnnp.proxy import trained
 from diffusers_ext import (
@@ -26,7 +27,9 @@ from diffusers_ext import (
     PNNPConfig,
     PNNPRecipe,
     RawDenoisePipeline,
+    SensorNoisePipeline,
     Trainer,
+    develop,
     simulate_raw,
 )
 
@@ -40,15 +43,15 @@ ROWS = {"input": "noisy", "proxy": "learned noise", "gaussian": "Gaussian noise"
         "unshaded": "learned noise, dark shading left in"}  # fmt: skip
 # Written before the run.
 GOALS = {
-    "mild_proxy_over_gaussian": ">= -0.2",
+    "mild_gaussian_over_proxy": "<= 0.2",
     "mild_proxy_over_input": ">= 1",
     "mild_shading": ">= 0.3",
     # Settled on another seed, 7, with 900 steps: squares, and averaged weights; learned noise was 0.37 dB behind
     # there. Seeds differ by about 1 dB, more than noise of another law is likely to change.
-    "heavy_proxy_over_gaussian": ">= 0",
+    "heavy_gaussian_over_proxy": "<= 0",
 }
 SAYS = {
-    r"(mild|heavy)_proxy_over_gaussian": "Law \\1: learned noise in training is {:.2f} dB ahead of Gaussian noise.",
+    r"(mild|heavy)_gaussian_over_proxy": "Law \\1: Gaussian noise in training leads learned noise by {:.2f} dB.",
     r"(mild|heavy)_proxy_over_input": "Law \\1: it gains {:.2f} dB over the noisy images.",
     r"(mild|heavy)_shading": "Law \\1: to take dark shading off gains {:.2f} dB.",
 }
@@ -114,6 +117,43 @@ def run(law, seed, folder):
     return found
 
 
+def plot(folder, path):
+    """Law heavy, first seed: a test image developed, and how often noise of a pixel occurs, in logarithms."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    truth, rng, ratio = CameraTruth(*SIZE, law="heavy", seed=0), np.random.default_rng([0, 78]), 200.0
+    clean = photographs()[1][1]
+    raw = simulate_raw(truth, clean * (WHITE - BLACK) / ratio, ISO, rng)
+    panels = {"clean": clean, "noisy": (raw.astype(float) - BLACK) * ratio / (WHITE - BLACK)}
+    for kind in ("gaussian", "proxy"):
+        pipeline = denoiser("heavy", kind, 0, folder)
+        panels[ROWS[kind]] = (pipeline(raw, ISO, ratio).images[0] - BLACK) / (WHITE - BLACK)
+    figure_, axes = plt.subplots(1, 5, figsize=(13, 2.2), constrained_layout=True)
+    for axis, (title, image) in zip(axes, panels.items(), strict=False):
+        axis.imshow(develop(torch.from_numpy(np.ascontiguousarray(image)).float()))
+        axis.set(xticks=[], yticks=[], title=title if title == "clean" else f"{title}, {psnr(image, clean):.1f} dB")
+    noise = SensorNoisePipeline.from_pretrained(learned("heavy", 0, folder))
+    generator = torch.Generator().manual_seed(0)
+    edges = np.linspace(-60, 60, 61)
+    for title, values in {
+        "true": truth.pixel_noise((10**6,), ISO, rng),
+        "learned": noise.proxy.sample((1, 10**6), ISO, generator)[0].numpy(),
+        "Gaussian": noise.dark.statistic("pixel_std", ISO) * rng.standard_normal(10**6),
+    }.items():
+        counts = np.histogram(values, edges, density=True)[0]
+        style = {"fill": True, "color": "lightgrey"} if title == "true" else {}
+        axes[4].stairs(counts + 1e-9, edges, label=title, **style)
+    axes[4].set(yscale="log", ylim=(1e-7, 0.3), title="noise of pixels, DN")
+    axes[4].legend(fontsize=7)
+    for axis in axes[:4]:
+        axis.title.set_fontsize(9)
+    figure_.savefig(path, dpi=75)
+    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/pnnp/denoiser"))
@@ -130,7 +170,7 @@ def main():
     figures = {}
     for law, seeds in results.items():
         differences = {
-            f"{law}_proxy_over_gaussian": ("proxy", "gaussian"),
+            f"{law}_gaussian_over_proxy": ("gaussian", "proxy"),
             f"{law}_proxy_over_input": ("proxy", "input"),
             f"{law}_shading": ("proxy", "unshaded"),
         }
@@ -143,6 +183,7 @@ def main():
     table = {"of": "PSNR, dB", "rows": ROWS, "columns": {law: f"law {law}" for law in results}}
     command = "python -m benchmarks.pnnp.denoiser"
     write_result("pnnp/denoiser", command, figures, arguments.seeds, time.perf_counter() - start, table, SAYS)
+    plot(folder, RESULTS / "pnnp" / "denoiser.png")
 
 
 if __name__ == "__main__":

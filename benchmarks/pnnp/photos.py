@@ -29,7 +29,8 @@ def photographs():
 
 
 def write_clean(folder):
-    """Writes the training images as a camera would, without noise."""
+    """Writes the training images as a camera would, without noise, once."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, raw in enumerate(photographs()[0]):
-        np.save(folder / f"{i}.npy", np.round(BLACK + raw * (WHITE - BLACK)).astype(np.uint16))
+        if not (folder / f"{i}.npy").is_file():
+            np.save(folder / f"{i}.npy", np.round(BLACK + raw * (WHITE - BLACK)).astype(np.uint16))

@@ -169,30 +169,31 @@ class RawNoiseSynthesizer:
         def of_each(values: list[float]) -> torch.Tensor:
             return torch.tensor(values, device=light.device).reshape(-1, 1, 1, 1)
 
-        noisy = light
         if "shot" in self.terms:
             gain = of_each([self.camera.gain(iso) for iso in isos])
             noisy = torch.poisson((light / gain).to(device), generator=generator).to(light.device).mul_(gain)
+        else:
+            noisy = light.clone()
         if "pixel" in self.terms:
             noise = self._pixels((batch, 4, height, width), isos, normal, generator).to(light.device)
             if self.augment:
                 noise = noise.mul_(1 + JITTER * normal(batch, 1, 1, 1))
-            noisy = noise.add_(noisy)
+            noisy.add_(noise)
         rare = torch.rand((2, batch), generator=generator, device=device).cpu() < (RARE if self.augment else 0)
         if "row" in self.terms:
             std = of_each([self._band("row", iso, bool(r)) for iso, r in zip(isos, rare[0], strict=True)])
             # A sensor row is a row of channels 0 and 1, the next one of 2 and 3.
-            noisy = noisy + (normal(batch, 2, height, 1) * std).repeat_interleave(2, 1)
+            noisy.add_((normal(batch, 2, height, 1) * std).repeat_interleave(2, 1))
         if "column" in self.terms:
             std = of_each([self._band("column", iso, bool(r)) for iso, r in zip(isos, rare[0], strict=True)])
-            noisy = noisy + (normal(batch, 2, 1, width) * std)[:, [0, 1, 1, 0]]
+            noisy.add_((normal(batch, 2, 1, width) * std)[:, [0, 1, 1, 0]])
         if "offset" in self.terms:
             std = of_each([self._offset(iso, bool(r)) for iso, r in zip(isos, rare[1], strict=True)])
-            noisy = noisy + normal(batch, 1, 1, 1) * std
+            noisy.add_(normal(batch, 1, 1, 1) * std)
         recorded = self.pixel == "recorded" and self.dark is not None and self.dark.config.rounded
         if "quantization" in self.terms and not ("pixel" in self.terms and recorded):
-            noisy = noisy + (torch.rand(light.shape, generator=generator, device=device) - 0.5).to(light.device)
-        return noisy.clone() if noisy is light else noisy
+            noisy.add_(torch.rand(light.shape, generator=generator, device=device).to(light.device)).sub_(0.5)
+        return noisy
 
     def _pixels(
         self,
