@@ -15,7 +15,7 @@ from diffusers_ext import DistributionLoss, RawNoiseSynthesizer, SensorNoiseProx
 REPEATS = 9
 VALUES, SETS = 16384, 16
 SHAPE = (32, 4, 64, 64)
-SENSOR, FRAMES = (4000, 6000), 4
+SENSOR, FRAMES = (4000, 6000), 2
 SAYS = {
     "loss_over_sorts": "The loss of 16,384 values, with its gradient, costs {} times two sorts of as many.",
     "training_over_sorts": "With both networks and their gradients it is {} times.",
