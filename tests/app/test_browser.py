@@ -66,7 +66,7 @@ def visited(address):
         page = browser.new_page(viewport={"width": 1280, "height": 1100})
         page.set_default_timeout(PATIENCE)
         page.add_init_script(WATCH)
-        page.on("request", lambda request: hosts.add(re.sub(r"^(\w+:/*[^/]*).*", r"\1", request.url)))
+        page.on("request", lambda request: hosts.add(re.sub(r"^((blob:)?\w+:/*[^/]*).*", r"\1", request.url)))
         page.goto(address)
         yield page, hosts
         browser.close()

@@ -55,7 +55,7 @@ class NativeGain:
 
 @dataclass(frozen=True)
 class CameraProfile:
-    """A camera.
+    """What is known of a camera beside its dark frames: levels, gain, and laws of its noise.
 
     Args:
         white_level: where it saturates, in DN.
