@@ -19,7 +19,7 @@ SECONDS = {
     "tests": 240,
     "tests/methods/noise_diffusion": 50,
     "tests/methods/oms": 100,
-    "tests/methods/q_diffusion": 60,
+    "tests/methods/q_diffusion": 75,
     "tests/training": 140,
 }
 # Files that take long start first, so that at the end no process waits for one of them.

@@ -71,7 +71,13 @@ def test_a_fork_ends_as_a_new_process_ends(code):
 
 
 def test_processes_can_be_watched_signalled_and_killed(tmp_path):
-    wait = f"import time\nprint('here', flush=True)\nopen({str(tmp_path / 'there')!r}, 'w').close()\ntime.sleep(60)"
+    wait = f"""
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored behind a shell's &
+print('here', flush=True)
+open({str(tmp_path / "there")!r}, 'w').close()
+time.sleep(60)
+"""
     for number in (signal.SIGKILL, signal.SIGINT):
         process = processes.Popen([sys.executable, "-c", wait])
         while not (tmp_path / "there").exists():
