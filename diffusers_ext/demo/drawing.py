@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from diffusers_ext.training.callbacks import image_grid
 
-__all__ = ["grid", "histogram", "saved", "titled"]
+__all__ = ["grid", "histogram", "psnr", "saved", "titled"]
 
 
 def saved(picture: Image.Image, path: Path, figures: dict[str, float]) -> Path:
@@ -65,3 +65,8 @@ def histogram(values: dict[str, np.ndarray], size: int = 256) -> Image.Image:
             pen.line(corners, fill=colours[i], width=2)
         pen.text((4, 2 + 14 * i), title, fill="dimgrey" if i == 0 else colours[i], font_size=12)
     return canvas
+
+
+def psnr(image: torch.Tensor, clean: torch.Tensor) -> float:
+    """Returns the peak signal-to-noise ratio of an image in [0, 1], in dB."""
+    return float(-10 * (image.clamp(0, 1) - clean).square().mean().log10())

@@ -13,7 +13,7 @@ from PIL import Image
 from diffusers_ext.data.assets import ASSETS
 from diffusers_ext.methods.noise2score.noises import AdditiveGaussianNoise
 
-from .drawing import saved, titled
+from .drawing import psnr, saved, titled
 
 __all__ = ["noise2score"]
 
@@ -30,7 +30,7 @@ def noise2score(output_dir: Path) -> Path:
     noisy = AdditiveGaussianNoise(SIGMA).corrupt(clean, torch.Generator().manual_seed(0))
     known = pipeline(noisy, noise_parameter=SIGMA, output_type="pt").images
     blind = pipeline(noisy, blind_range=(6 / 255, 55 / 255), output_type="pt")
-    figures = {"noisy": _psnr(noisy, clean), "denoised": _psnr(known, clean), "blind": _psnr(blind.images, clean)}
+    figures = {"noisy": psnr(noisy, clean), "denoised": psnr(known, clean), "blind": psnr(blind.images, clean)}
     found = 255 * blind.noise_parameter[0]
     print(
         f"A photograph with Gaussian noise of 25/255, PSNR: noisy {figures['noisy']:.2f} dB, denoised "
@@ -49,7 +49,3 @@ def noise2score(output_dir: Path) -> Path:
 
 def _picture(image: torch.Tensor) -> Image.Image:
     return Image.fromarray((image[0, 0].clamp(0, 1) * 255).round().byte().numpy())
-
-
-def _psnr(image: torch.Tensor, clean: torch.Tensor) -> float:
-    return float(-10 * (image.clamp(0, 1) - clean).square().mean().log10())

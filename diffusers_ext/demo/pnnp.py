@@ -16,7 +16,7 @@ from diffusers_ext.methods.pnnp.dark_data import noise_divergence
 from diffusers_ext.methods.pnnp.develop import develop
 from diffusers_ext.methods.pnnp.simulation import CameraTruth, simulate_raw
 
-from .drawing import histogram, saved, titled
+from .drawing import histogram, psnr, saved, titled
 
 __all__ = ["pnnp"]
 
@@ -42,8 +42,8 @@ def pnnp(output_dir: Path) -> Path:
         "Gaussian": torch.randn(DRAWS, generator=generator) * noise.dark.statistic("pixel_std", ISO),
     }
     figures = {
-        "noisy": _psnr(noisy, clean),
-        "denoised": _psnr(denoised, clean),
+        "noisy": psnr(noisy, clean),
+        "denoised": psnr(denoised, clean),
         "learned_over_gaussian": noise_divergence(samples["true"], samples["learned"])
         / noise_divergence(samples["true"], samples["Gaussian"]),
     }
@@ -70,7 +70,3 @@ def _mosaic(photo: np.ndarray) -> torch.Tensor:
     linear = torch.from_numpy((photo / 255.0) ** 2.2).float()
     planes = [linear[i::2, j::2, c] for (i, j), c in zip(PATTERNS["RGGB"], (0, 1, 2, 1), strict=True)]
     return unpack_bayer(torch.stack(planes))
-
-
-def _psnr(image: torch.Tensor, clean: torch.Tensor) -> float:
-    return float(-10 * (image.clamp(0, 1) - clean).square().mean().log10())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from diffusers_ext.training.config import require
 
-__all__ = ["CAMERAS", "CameraProfile", "NativeGain", "check_levels", "gain_at"]
+__all__ = ["CAMERAS", "CameraProfile", "NativeGain", "check_levels", "gain_at", "native_branch"]
 
 
 def check_levels(white_level: float, black_level: float) -> None:
@@ -32,6 +33,11 @@ def gain_at(iso_to_gain: tuple[float, float], iso: float) -> float:
     gain = iso_to_gain[0] * iso + iso_to_gain[1]
     require(gain > 0, "iso_to_gain", iso_to_gain, f"(k1, k0) with k1 ISO + k0 > 0 at ISO {iso:g}")
     return gain
+
+
+def native_branch(iso: float, native_limits: Sequence[float]) -> int:
+    """Returns which native gain an ISO has, from 0, by the highest ISO of each but the last."""
+    return sum(iso > limit for limit in native_limits)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers_ext.hub.loading import SafeLoadingMixin
 from diffusers_ext.training.config import require
 
+from .camera import native_branch
+
 __all__ = ["DarkFrameModel"]
 
 STATISTICS = ("offset", "pixel_std", "row_std", "column_std", "frame_std")
@@ -101,7 +103,7 @@ class DarkFrameModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
             ValueError: the ISO is outside of the calibrated range.
         """
         self.check_iso(iso)
-        branch = sum(iso > limit for limit in self.config.native_limits)
+        branch = native_branch(iso, self.config.native_limits)
         return self.slope[branch].float() * iso + self.intercept[branch].float() + self.statistic("offset", iso)
 
     def statistic(self, name: str, iso: float) -> float:
@@ -121,7 +123,7 @@ class DarkFrameModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         self.check_iso(iso)
         values = dict(zip(self.config.isos, getattr(self, name).tolist(), strict=True))
         limits = self.config.native_limits
-        own = [other for other in values if sum(other > k for k in limits) == sum(iso > k for k in limits)]
+        own = [other for other in values if native_branch(other, limits) == native_branch(iso, limits)]
         require(len(own) > 0, "iso", iso, f"of a native gain with frames, {list(values)}")
         below = max((other for other in own if other <= iso), default=min(own))
         above = min((other for other in own if other >= iso), default=max(own))

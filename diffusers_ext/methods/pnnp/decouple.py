@@ -17,6 +17,7 @@ from scipy.stats import chi2
 
 from diffusers_ext.training.config import require
 
+from .camera import native_branch
 from .dark_model import DarkFrameModel
 from .flats import fit_gain, photon_transfer_gain
 
@@ -184,7 +185,7 @@ def decouple_dark_frames(
     isos = sorted(float(iso) for iso in frames)
     require(len(isos) > 0 and all(iso > 0 and math.isfinite(iso) for iso in isos), "iso", isos, "numbers > 0")
     native_limits = [limit for limit in native_limits if isos[0] <= limit < isos[-1]]  # between frames
-    branches = [sum(iso > limit for limit in native_limits) for iso in isos]
+    branches = [native_branch(iso, native_limits) for iso in isos]
     for branch in range(len(native_limits) + 1):
         own = [iso for iso, other in zip(isos, branches, strict=True) if other == branch]
         require(len(own) != 1, "frames", own, "of at least 2 ISOs for each native gain")

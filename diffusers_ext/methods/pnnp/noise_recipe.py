@@ -20,7 +20,7 @@ from diffusers_ext.hub.card import RepoCard
 from diffusers_ext.training.config import LRSchedule, TrainConfig, described, require
 from diffusers_ext.training.recipe import Context, Modules, Recipe, StepOutput
 
-from .camera import CAMERAS, CameraProfile, NativeGain, check_levels, gain_at
+from .camera import CAMERAS, CameraProfile, NativeGain, check_levels, gain_at, native_branch
 from .dark_data import ResidualSamples, noise_divergence
 from .dark_model import DarkFrameModel
 from .decouple import decouple_dark_frames
@@ -160,7 +160,7 @@ class PNNPNoiseRecipe(Recipe[PNNPNoiseConfig]):
         groups: dict[int, list[float]] = {}
         for iso in isos:
             gain_at((gain[0], gain[1]), iso)
-            groups.setdefault(sum(iso > limit for limit in limits), []).append(iso)
+            groups.setdefault(native_branch(iso, limits), []).append(iso)
         ranges = tuple(NativeGain(min(group), max(group)) for group in groups.values())
         self.camera = CameraProfile(white, black, (gain[0], gain[1]), ranges)
 
@@ -195,7 +195,7 @@ class PNNPNoiseRecipe(Recipe[PNNPNoiseConfig]):
         config, dark = self.config, self.dark
         gain = self.camera.iso_to_gain
         proxy = SensorNoiseProxy(config.hidden_channels, config.num_blocks, gain, tuple(dark.config.isos))
-        proxy.start_at(*gaussian_start(dark, self.camera.iso_to_gain))
+        proxy.start_at(*gaussian_start(dark, gain))
         self.loss = DistributionLoss(config.num_points, config.quantile_weight, config.cdf_weight)
         return Modules(proxy, None)
 
