@@ -36,12 +36,7 @@ from diffusers_ext import (
 ISO = 1600
 # Law -> ratio, loss, steps and the decay of the average.
 LAWS = {
-    "mild": (
-        (50, 100),
-        "l1",
-        350,
-        0.9,
-    ),
+    "mild": ((50, 100), "l1", 350, 0.9),
     "heavy": ((200, 300), "l2", 700, 0.98),
 }
 KINDS = ("proxy", "gaussian", "true")
