@@ -45,6 +45,8 @@ _PUBLIC = {
     ],
     "methods.domain_studio.recipe": ["DomainStudioRecipe"],
     "methods.domain_studio.text": ["DomainStudioTextRecipe"],
+    "methods.forward_models.protocol": ["ForwardModel", "check_differentiable", "map_parameters"],
+    "methods.forward_models.views": ["CropForwardModel", "MaskForwardModel"],
     "generation.denoiser": ["PipelineDenoiser"],
     "generation.prompts": ["Conditions"],
     "generation.score_field": ["ScoreField"],
