@@ -32,6 +32,8 @@ class VolumeRendering(BaseOutput):
         depth: `(batch, 1, ...)`, sum_i w_i z_i, from the camera along the ray; 0 where nothing is.
     """
 
+    __module__ = "diffusers_ext"
+
     color: torch.Tensor
     opacity: torch.Tensor
     depth: torch.Tensor
