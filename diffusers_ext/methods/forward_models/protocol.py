@@ -53,7 +53,7 @@ def map_parameters(function: Callable[..., torch.Tensor], *parameters: Parameter
     names = set(first)
     for other in parameters:
         alike = isinstance(other, Mapping) and set(other) == names
-        require(alike, "parameters", sorted(other) if isinstance(other, Mapping) else "a tensor", sorted(names))
+        require(alike, "parameters", sorted(other) if isinstance(other, Mapping) else "a tensor", str(sorted(names)))
     return {name: function(*(other[name] for other in parameters)) for name in first}  # type: ignore[index, call-overload]
 
 
@@ -169,7 +169,7 @@ class ForwardModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
             shape = (len(observation), *signal_shape)
             zero = torch.zeros(shape, dtype=observation.dtype, device=observation.device, requires_grad=True)
             seen = self(zero, parameters)
-            require(seen.shape == observation.shape, "observation", tuple(observation.shape), tuple(seen.shape))
+            require(seen.shape == observation.shape, "observation", tuple(observation.shape), str(tuple(seen.shape)))
             both = [(observation, True), (torch.ones_like(observation), False)]
             lifted, coverage = (self._pulled_back(seen, zero, value, retain_graph=keep) for value, keep in both)
         return lifted, coverage

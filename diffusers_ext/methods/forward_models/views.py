@@ -90,8 +90,8 @@ class CropForwardModel(ForwardModel):
         free = [whole - window for window, whole in zip(self.size, self.sample_size, strict=True)]
         last = torch.tensor(free, device=parameters.device)
         fine = (parameters >= 0) & (parameters <= last) & (parameters == parameters.long())
-        bad = parameters[~fine.all(1)][:1].tolist()
-        require(not bad, "parameters", *bad or [None], f"whole numbers from (0, 0) to {tuple(free)}")
+        bad = parameters[~fine.all(1)].tolist()
+        require(not bad, "parameters", bad[:1], f"whole numbers from (0, 0) to {tuple(free)}")
 
 
 class MaskForwardModel(ForwardModel):
@@ -144,5 +144,5 @@ class MaskForwardModel(ForwardModel):
         masks = isinstance(parameters, torch.Tensor) and parameters.ndim == 4
         require(masks, "parameters", type(parameters).__name__, "a tensor (batch, 1 or channels, height, width)")
         assert isinstance(parameters, torch.Tensor)
-        other = parameters[(parameters != 0) & (parameters != 1)][:1].tolist()
-        require(not other, "parameters", *other or [None], "masks of 0 and 1")
+        other = parameters[(parameters != 0) & (parameters != 1)].tolist()
+        require(not other, "parameters", other[:1], "masks of 0 and 1")
