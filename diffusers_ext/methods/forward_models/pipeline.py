@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -67,7 +68,7 @@ def check_scheduler(scheduler: Any) -> None:
         trial.set_timesteps(4)
         if hasattr(trial, "scale_model_input"):
             trial.scale_model_input(zero, trial.timesteps[0])
-        trial.step(zero, trial.timesteps[0], zero)
+        trial.step(zero, trial.timesteps[0], zero, **step_arguments(trial, 0.0, torch.Generator()))
     except (NotImplementedError, ValueError) as error:
         raise ValueError(
             f"`scheduler` must take `prediction_type='sample'`, as DDIMScheduler does, got {name}: {error}"
@@ -97,6 +98,8 @@ class ForwardModelPipeline(SafePipeline):
             training.
         null_context: whether the network was also trained without context, which guidance needs.
         regression: whether the network was trained without noisy observations: one call then gives the mean signal.
+        max_context_views: largest context of training, sampled views included; a larger one gets a warning.
+        num_targets: how many noisy views at most training denoised together; more get a warning.
 
     Raises:
         ValueError: the scheduler takes no clean samples, or a number is out of its range.
@@ -138,6 +141,8 @@ class ForwardModelPipeline(SafePipeline):
         context_noise: float = 0.0,
         null_context: bool = False,
         regression: bool = False,
+        max_context_views: int | None = None,
+        num_targets: int | None = None,
     ) -> None:
         super().__init__()
         rising = signal_range is None or (len(signal_range) == 2 and signal_range[0] < signal_range[1])
@@ -153,6 +158,8 @@ class ForwardModelPipeline(SafePipeline):
             context_noise=context_noise,
             null_context=null_context,
             regression=regression,
+            max_context_views=max_context_views,
+            num_targets=num_targets,
         )
         self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
 
@@ -235,6 +242,18 @@ class ForwardModelPipeline(SafePipeline):
         require(shape[2:] == seen, "observations", shape, accepted)
         require(bool(observations.isfinite().all()), "observations", "NaN or infinite numbers", "finite")
         return observations, parameters
+
+    def _warn_of_views(self, given: int, chunks: list[list[int]], guided: bool) -> None:
+        """Warns of more views at once than the network was trained with."""
+        joined = sum(map(len, chunks)) if guided else len(chunks) - 1
+        for name, asked in (("max_context_views", given + joined), ("num_targets", max(map(len, chunks)))):
+            trained: Any = self.config[name]
+            if trained is not None and asked > trained:
+                what = "a context of" if name == "max_context_views" else "denoising together"
+                warnings.warn(
+                    f"this network was trained for {what} at most {trained} views (`{name}`) and is asked for {asked}.",
+                    stacklevel=4,  # past `torch.no_grad`
+                )
 
     def _observation_shape(self, parameters: Any) -> tuple[int, ...]:
         flat = map_parameters(lambda value: value.flatten(0, 1), parameters)
@@ -347,6 +366,7 @@ class ForwardModelPipeline(SafePipeline):
         chunks = {"autoregressive": [[v] for v in every], "joint": [every], "single": [[0]]}[sampling]
         if self.config["regression"]:
             chunks, num_inference_steps = [[0]], 1
+        self._warn_of_views(0 if parameters is None else batch_and_views(parameters)[1], chunks, guidance_scale != 1.0)
         self._num_timesteps, step = 0, 0
         signals: Any = None
         with self.progress_bar(total=num_inference_steps * len(chunks)) as bar:  # pyright: ignore[reportCallIssue]

@@ -1,6 +1,7 @@
 """The pipeline: what it returns agrees with itself, with plain diffusion, and with itself one by one."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -263,6 +264,17 @@ def test_wrong_arguments_are_named_before_any_call():
     for name, value in {"signal_range": (1.0, 0.0), "observation_scale": 0.0, "context_noise": -1.0}.items():
         with pytest.raises(ValueError, match=f"`{name}` must be"):
             crops(**{name: value})
+
+
+def test_more_views_than_in_training_are_told():
+    pipeline = crops(max_context_views=2, num_targets=1)
+    with pytest.warns(UserWarning, match=r"a context of at most 2 views \(`max_context_views`\) and is asked for 3"):
+        pipeline(*context(1), num_views=3, **SHORT)
+    with pytest.warns(UserWarning, match=r"denoising together at most 1 views \(`num_targets`\) and is asked for 2"):
+        pipeline(*context(1), num_views=2, sampling="joint", **SHORT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline(*context(1), num_views=2, **SHORT)
 
 
 def test_parameters_that_cannot_be_drawn_must_be_given():
