@@ -39,7 +39,7 @@ class ForwardModelConfig(ImageConfig):
         "The data are images, and are seen from so many views each; by default they are observations.", group="data"
     )
     observation_scale: float = described("What observations are multiplied by before they are noised.", 4.0)
-    max_context_views: int = described("Context of 1 to so many observations; 0 trains without.", 1)
+    max_context_views: int = described("Context of 1 to so many observations; 0 trains without.", 3)
     max_given_views: int | None = described(
         "Of them the first 1 to so many are measured ones, the rest as if they were sampled; by default all."
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,12 +23,13 @@ from diffusers_ext.generation.stepping import (
 from diffusers_ext.hub.loading import SafePipeline
 from diffusers_ext.training.config import require
 
+from .checks import check_scheduler, checked_context, checked_parameters, seen_shape
 from .denoiser import LiftedViews, lift_views, lifted_input, signal_shape
 from .objective import batch_and_views, observe
 from .pictures import as_images
 from .protocol import ForwardModel, Parameters, map_parameters
 
-__all__ = ["ForwardModelPipeline", "ForwardModelPipelineOutput", "check_scheduler"]
+__all__ = ["ForwardModelPipeline", "ForwardModelPipelineOutput"]
 
 SAMPLING = ("autoregressive", "joint", "single")
 OUTPUT_TYPES = ("pt", "np", "pil")
@@ -49,29 +50,6 @@ class ForwardModelPipelineOutput(BaseOutput):
     signals: Any
     observations: Any
     parameters: Any
-
-
-def check_scheduler(scheduler: Any) -> None:
-    """Refuses a scheduler that cannot be given the clean sample.
-
-    Raises:
-        ValueError: its `prediction_type` is not `"sample"`, or it knows no such type.
-    """
-    found = scheduler.config.get("prediction_type")
-    name = type(scheduler).__name__
-    accepted = f"'sample' in {name}, for what the denoiser gives is a clean observation"
-    require(found == "sample", "prediction_type", found, accepted)
-    trial = copy.deepcopy(scheduler)
-    zero = torch.zeros(1, 1, 1, 1)
-    try:  # some have the argument and do not know this value
-        trial.set_timesteps(4)
-        if hasattr(trial, "scale_model_input"):
-            trial.scale_model_input(zero, trial.timesteps[0])
-        trial.step(zero, trial.timesteps[0], zero)
-    except (NotImplementedError, ValueError) as error:
-        raise ValueError(
-            f"`scheduler` must take `prediction_type='sample'`, as DDIMScheduler does, got {name}: {error}"
-        ) from error
 
 
 class ForwardModelPipeline(SafePipeline):
@@ -97,6 +75,8 @@ class ForwardModelPipeline(SafePipeline):
             training.
         null_context: whether the network was also trained without context, which guidance needs.
         regression: whether the network was trained without noisy observations: one call then gives the mean signal.
+        max_context_views: largest context of training, sampled views included; a larger one gets a warning.
+        num_targets: how many noisy views at most training denoised together; more get a warning.
 
     Raises:
         ValueError: the scheduler takes no clean samples, or a number is out of its range.
@@ -138,6 +118,8 @@ class ForwardModelPipeline(SafePipeline):
         context_noise: float = 0.0,
         null_context: bool = False,
         regression: bool = False,
+        max_context_views: int | None = None,
+        num_targets: int | None = None,
     ) -> None:
         super().__init__()
         rising = signal_range is None or (len(signal_range) == 2 and signal_range[0] < signal_range[1])
@@ -153,6 +135,8 @@ class ForwardModelPipeline(SafePipeline):
             context_noise=context_noise,
             null_context=null_context,
             regression=regression,
+            max_context_views=max_context_views,
+            num_targets=num_targets,
         )
         self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
 
@@ -200,45 +184,20 @@ class ForwardModelPipeline(SafePipeline):
             ValueError: the parameters do not fit the signals or the forward model.
         """
         device = self._execution_device
-        return observe(signals.to(device), self.forward_model, self._checked(parameters, "parameters", len(signals)))
+        views = checked_parameters(self.forward_model, parameters, "parameters", len(signals), device)
+        return observe(signals.to(device), self.forward_model, views)
 
-    def _checked(self, parameters: Any, name: str, batch: int) -> Any:
-        """Returns parameters as tensors on the device."""
-        parameters = map_parameters(torch.as_tensor, parameters)
-        for part in parameters.values() if isinstance(parameters, dict) else [parameters]:
-            shape = tuple(part.shape)
-            good = (
-                part.ndim >= 2 and shape[0] == batch and shape[1] >= 1 and shape[1] == batch_and_views(parameters)[1]
-            )
-            require(good, name, shape, f"of shape ({batch}, views, ...) with at least one view")
-        flat = map_parameters(lambda value: value.flatten(0, 1), parameters)
-        self.forward_model.check_parameters(flat, batch * batch_and_views(parameters)[1])
-        return map_parameters(lambda value: value.to(self._execution_device), parameters)
-
-    def _check_context(self, observations: Any, parameters: Any) -> tuple[torch.Tensor | None, Any]:
-        if observations is None:
-            require(parameters is None, "parameters", type(parameters).__name__, "left out without `observations`")
-            return None, None
-        if parameters is None:
-            raise ValueError("`parameters` must be given with `observations`, those of each of them, got None.")
-        observations = torch.as_tensor(observations).to(self._execution_device, self._precision())
-        shape = tuple(observations.shape)
-        require(
-            observations.ndim >= 3 and len(observations) > 0, "observations", shape, "of shape (batch, views, ...)"
-        )
-        parameters = self._checked(parameters, "parameters", len(observations))
-        views = batch_and_views(parameters)[1]
-        accepted = f"those of each of the {shape[1]} observations, (batch, views, ...)"
-        require(views == shape[1], "parameters", views, accepted)
-        seen = self._observation_shape(parameters)
-        accepted = f"of shape (batch, views, {', '.join(map(str, seen))}), as {type(self.forward_model).__name__} sees"
-        require(shape[2:] == seen, "observations", shape, accepted)
-        require(bool(observations.isfinite().all()), "observations", "NaN or infinite numbers", "finite")
-        return observations, parameters
-
-    def _observation_shape(self, parameters: Any) -> tuple[int, ...]:
-        flat = map_parameters(lambda value: value.flatten(0, 1), parameters)
-        return self.forward_model.observation_shape(self.signal_shape, flat)
+    def _warn_of_views(self, given: int, chunks: list[list[int]], guided: bool) -> None:
+        """Warns of more views at once than the network was trained with."""
+        joined = sum(map(len, chunks)) if guided else len(chunks) - 1
+        for name, asked in (("max_context_views", given + joined), ("num_targets", max(map(len, chunks)))):
+            trained: Any = self.config[name]
+            if trained is not None and asked > trained:
+                what = "a context of" if name == "max_context_views" else "denoising together"
+                warnings.warn(
+                    f"this network was trained for {what} at most {trained} views (`{name}`) and is asked for {asked}",
+                    stacklevel=4,  # past `torch.no_grad`
+                )
 
     def _check_numbers(self, sampling: str, output_type: str, whole: dict[str, int]) -> None:
         for name, value in whole.items():
@@ -254,7 +213,7 @@ class ForwardModelPipeline(SafePipeline):
     def _target_parameters(self, given: Any, batch: int, num_samples: int, num_views: int, generator: Any) -> Any:
         """Returns `(batch * num_samples, views, ...)` parameters, drawn by the forward model unless given."""
         if given is not None:
-            given = self._checked(given, "target_parameters", batch)
+            given = checked_parameters(self.forward_model, given, "target_parameters", batch, self._execution_device)
             return map_parameters(lambda value: value.repeat_interleave(num_samples, 0), given)
         n = batch * num_samples
         if isinstance(generator, list):
@@ -263,7 +222,7 @@ class ForwardModelPipeline(SafePipeline):
         else:
             drawn = self.forward_model.sample_parameters(n * num_views, generator)
             drawn = map_parameters(lambda value: value.unflatten(0, (n, num_views)), drawn)
-        return self._checked(drawn, "target_parameters", n)
+        return checked_parameters(self.forward_model, drawn, "target_parameters", n, self._execution_device)
 
     @torch.no_grad()
     def __call__(
@@ -327,19 +286,23 @@ class ForwardModelPipeline(SafePipeline):
         require(context_noise >= 0, "context_noise", context_noise, "a number >= 0")
         offered = self._callback_tensor_inputs
         names = callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs, offered)
-        observations, parameters = self._check_context(observations, parameters)
+        context: Any = None
+        if observations is None:
+            require(parameters is None, "parameters", type(parameters).__name__, "left out without `observations`")
+        else:
+            observations = torch.as_tensor(observations).to(self._execution_device, self._precision())
+            parameters = checked_context(self.forward_model, observations, parameters, self.signal_shape)
         given = parameters if target_parameters is None else map_parameters(torch.as_tensor, target_parameters)
         batch = 1 if given is None else batch_and_views(parameters if parameters is not None else given)[0]
         n = batch * num_samples
         check_generator(generator, n)
         targets = self._target_parameters(target_parameters, batch, num_samples, num_views, generator)
-        shape = (*batch_and_views(targets), *self._observation_shape(targets))
+        shape = (*batch_and_views(targets), *seen_shape(self.forward_model, targets, self.signal_shape))
         if latents is None:
             latents = randn_tensor(shape, generator, self._execution_device, self._precision())
         require(tuple(latents.shape) == shape, "latents", tuple(latents.shape), f"of shape {shape}")
         latents = latents.to(self._execution_device, self._precision())
 
-        context = None
         if observations is not None:
             context = lift_views(self.unet, self.forward_model, observations, parameters).repeated(num_samples)
         arguments = step_arguments(self.scheduler, eta, generator)
@@ -347,6 +310,7 @@ class ForwardModelPipeline(SafePipeline):
         chunks = {"autoregressive": [[v] for v in every], "joint": [every], "single": [[0]]}[sampling]
         if self.config["regression"]:
             chunks, num_inference_steps = [[0]], 1
+        self._warn_of_views(0 if parameters is None else batch_and_views(parameters)[1], chunks, guidance_scale != 1.0)
         self._num_timesteps, step = 0, 0
         signals: Any = None
         with self.progress_bar(total=num_inference_steps * len(chunks)) as bar:  # pyright: ignore[reportCallIssue]

@@ -141,8 +141,10 @@ class ForwardModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
             parameters: of one or more observations.
         """
         one = map_parameters(lambda value: value[:1].to(self.device), parameters)
+        # Signals are in fp32 beside networks of half precision too.
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         with torch.no_grad():
-            return tuple(self(torch.zeros(1, *signal_shape, dtype=self.dtype, device=self.device), one).shape[1:])
+            return tuple(self(torch.zeros(1, *signal_shape, dtype=dtype, device=self.device), one).shape[1:])
 
     def lift(
         self, observation: torch.Tensor, parameters: Parameters, signal_shape: Sequence[int]

@@ -232,6 +232,8 @@ class ForwardModelRecipe(Recipe[ForwardModelConfig]):
             context_noise=config.context_noise,
             null_context=config.max_context_views > 0 and config.context_dropout > 0,
             regression=config.regression,
+            max_context_views=config.max_context_views,
+            num_targets=config.num_targets,
         )
 
     def validate(self, pipeline: DiffusionPipeline, generator: torch.Generator) -> list[Image.Image]:
