@@ -12,7 +12,6 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import copy
 import statistics
 import tempfile
 import time
@@ -172,24 +171,22 @@ def training_ratio():
     """Returns the ratio of a step to that of the bare loop, its spread, and the bare step's seconds."""
     model = CropForwardModel(size=16, sample_size=32)
     generator = torch.Generator().manual_seed(0)
-    corners = model.sample_parameters(256 * 3, generator)
+    parameters = model.sample_parameters(256 * 3, generator).unflatten(0, (256, 3))
     images = torch.rand(256, 1, 32, 32, generator=generator)
-    observations = observe(images, model, corners.unflatten(0, (256, 3)))
+    observations = observe(images, model, parameters)
     with tempfile.TemporaryDirectory() as folder:
-        path = write_observations(Path(folder) / "views.npz", observations, corners.unflatten(0, (256, 3)))
+        path = write_observations(Path(folder) / "views.npz", observations, parameters)
         (Path(folder) / "unet.json").write_text(
             '{"block_out_channels": [32, 48], "layers_per_block": 1, "norm_num_groups": 8, "add_attention": false, '
             '"down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"]}'
         )
         config = ForwardModelConfig(
             train_data_dir=str(path), unet_config=str(Path(folder) / "unet.json"), output_dir=f"{folder}/out",
-            signal_shape="1,32,32", train_batch_size=BATCH, max_train_steps=STRETCH * ROUNDS, use_ema=False,
+            signal_shape="1,32,32", max_context_views=1, train_batch_size=BATCH, max_train_steps=STRETCH * ROUNDS,
+            use_ema=False,
             checkpointing_steps=10**9, num_validation_images=0,
         )  # fmt: skip
-        trainer = Trainer(config, ForwardModelRecipe(config, model))
-        trainer._start()
-        network = copy.deepcopy(trainer.ctx.modules.trainable)
-        stretches = Stretches(bare_loop(network, observations, corners.unflatten(0, (256, 3)), model))
+        stretches = Stretches(bare_loop(unet(32, 6, (32, 48)).train(), observations, parameters, model))
         Trainer(config, ForwardModelRecipe(config, model), [stretches]).train()
     ratios = [a / b for a, b in zip(stretches.ours[1:], stretches.other[1:], strict=True)]
     quartiles = statistics.quantiles(ratios, n=4)

@@ -248,8 +248,9 @@ def inversion_samples(name, seed):
     path = RUNS / "inversion" / "observations.npz"
     write_observations(path, observe(known, model, corners(len(known))), corners(len(known)).float())
     pipeline = trained(
-        "inversion", name, seed, model, {"parameter_size": 2}, signal_shape=str(LATENTS), observation_noise=HALF_NOISE,
-        context_noise=FURTHER_NOISE, max_train_steps=2000, regression=name == "regression",
+        "inversion", name, seed, model, {"parameter_size": 2}, signal_shape=str(LATENTS), max_context_views=1,
+        observation_noise=HALF_NOISE, context_noise=FURTHER_NOISE,
+        max_train_steps=2000, regression=name == "regression",
     )  # fmt: skip
     where = corners(400)
     at = [where[rows_of(400), part].float() for part in (given, targets)]
