@@ -128,7 +128,12 @@ class ForwardModelPipeline(SafePipeline):
         require(context_noise >= 0, "context_noise", context_noise, "a number >= 0")
         if scheduler is not None:
             check_scheduler(scheduler)
+        accepted = "handed over, `from_pretrained(..., forward_model=...)`: it is of a class outside of this package"
+        require(type(forward_model) is not ForwardModel, "forward_model", "ForwardModel", accepted)
         self.register_modules(unet=unet, scheduler=scheduler, forward_model=forward_model)
+        if forward_model is not None and type(forward_model).__module__ != "diffusers_ext":
+            # Diffusers loads no class of a library that it does not know, even where an object is handed over.
+            self.register_to_config(forward_model=("diffusers_ext", "ForwardModel"))
         self.register_to_config(
             signal_range=signal_range if signal_range is None else list(signal_range),
             observation_scale=observation_scale,
@@ -139,6 +144,12 @@ class ForwardModelPipeline(SafePipeline):
             num_targets=num_targets,
         )
         self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """Makes a pipeline of another's parts, as Diffusers does; network and forward model may be of any class."""
+        parts = {name: part for name, part in pipeline.components.items() if name in ("unet", "forward_model")}
+        return super().from_pipe(pipeline, **{**parts, **kwargs})
 
     @property
     def guidance_scale(self) -> float:
