@@ -26,7 +26,7 @@ METHODS = {
             "Learn a diffusion model of what was never observed directly, from crops, projections or pictures of it, "
             "and sample what agrees with one observation."
         ),
-        "headline": "One noisy row of 12 pixels, of digits that were never seen whole, gives digits that agree with it.",
+        "headline": "A noisy row of 12 pixels of a digit gives digits that agree with it; none was ever seen whole.",
     },
     "geometry": {
         "title": "Geometry of a trained model",

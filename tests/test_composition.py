@@ -174,7 +174,7 @@ def models(tmp_path_factory):
         **{name: common[name] for name in (*names, "train_data_dir", "resolution", "channels", "train_batch_size")},
         **{"output_dir": str(folder / "forward_models"), "unet_config": str(folder / "unet.json")},
     }
-    config = ForwardModelConfig(**windows, simulated_views=3)
+    config = ForwardModelConfig(**windows, simulated_views=5)
     watched["forward_models"] = Watch(config.ema_decay)
     recipe = ForwardModelRecipe(config, CropForwardModel(4, 8))
     Trainer(config, recipe, [watched["forward_models"]]).train()

@@ -58,7 +58,7 @@ class ObservationDataset:
         if "observations" not in columns:
             raise ValueError(f"`train_data_dir` must hold 'observations', got {str(source)!r} with {sorted(columns)}.")
         observations = columns["observations"][:max_samples]
-        shape = tuple(observations.shape)
+        shape: tuple[int, ...] = tuple(observations.shape)
         require(len(shape) >= 3 and min(shape) >= 1, "observations", shape, "of shape (n, views, ...)")
         named = {name: values[:max_samples] for name, values in columns.items() if name.startswith(PREFIX)}
         whole = columns["parameters"][:max_samples] if "parameters" in columns else None
@@ -79,7 +79,8 @@ class ObservationDataset:
         self.parameters: Parameters = (
             _narrow(whole) if whole is not None else {n.removeprefix(PREFIX): _narrow(v) for n, v in named.items()}
         )
-        self.description = f"{shape[0]:,} signals, seen from {shape[1]} views each, from {path.name}"
+        count, views = observations.shape[:2]
+        self.description = f"{count:,} signals, seen from {views} views each, from {path.name}"
 
     def __len__(self) -> int:
         """Returns the number of signals."""

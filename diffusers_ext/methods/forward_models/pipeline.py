@@ -128,7 +128,12 @@ class ForwardModelPipeline(SafePipeline):
         require(context_noise >= 0, "context_noise", context_noise, "a number >= 0")
         if scheduler is not None:
             check_scheduler(scheduler)
+        accepted = "handed over, `from_pretrained(..., forward_model=...)`: it is of a class outside of this package"
+        require(type(forward_model) is not ForwardModel, "forward_model", "ForwardModel", accepted)
         self.register_modules(unet=unet, scheduler=scheduler, forward_model=forward_model)
+        if forward_model is not None and type(forward_model).__module__ != "diffusers_ext":
+            # Diffusers loads no class of a library that it does not know, even where an object is handed over.
+            self.register_to_config(forward_model=("diffusers_ext", "ForwardModel"))
         self.register_to_config(
             signal_range=signal_range if signal_range is None else list(signal_range),
             observation_scale=observation_scale,
@@ -139,6 +144,12 @@ class ForwardModelPipeline(SafePipeline):
             num_targets=num_targets,
         )
         self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """Makes a pipeline of another's parts, as Diffusers does; network and forward model may be of any class."""
+        parts = {name: part for name, part in pipeline.components.items() if name in ("unet", "forward_model")}
+        return super().from_pipe(pipeline, **{**parts, **kwargs})
 
     @property
     def guidance_scale(self) -> float:
@@ -287,13 +298,16 @@ class ForwardModelPipeline(SafePipeline):
         offered = self._callback_tensor_inputs
         names = callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs, offered)
         context: Any = None
-        if observations is None:
-            require(parameters is None, "parameters", type(parameters).__name__, "left out without `observations`")
-        else:
+        batch, views = 1, 0
+        if observations is not None:
             observations = torch.as_tensor(observations).to(self._execution_device, self._precision())
-            parameters = checked_context(self.forward_model, observations, parameters, self.signal_shape)
-        given = parameters if target_parameters is None else map_parameters(torch.as_tensor, target_parameters)
-        batch = 1 if given is None else batch_and_views(parameters if parameters is not None else given)[0]
+            known = checked_context(self.forward_model, observations, parameters, self.signal_shape)
+            batch, views = batch_and_views(known)
+            context = lift_views(self.unet, self.forward_model, observations, known).repeated(num_samples)
+        else:
+            require(parameters is None, "parameters", type(parameters).__name__, "left out without `observations`")
+            if target_parameters is not None:
+                batch, _ = batch_and_views(map_parameters(torch.as_tensor, target_parameters))
         n = batch * num_samples
         check_generator(generator, n)
         targets = self._target_parameters(target_parameters, batch, num_samples, num_views, generator)
@@ -303,14 +317,12 @@ class ForwardModelPipeline(SafePipeline):
         require(tuple(latents.shape) == shape, "latents", tuple(latents.shape), f"of shape {shape}")
         latents = latents.to(self._execution_device, self._precision())
 
-        if observations is not None:
-            context = lift_views(self.unet, self.forward_model, observations, parameters).repeated(num_samples)
         arguments = step_arguments(self.scheduler, eta, generator)
         every = list(range(shape[1]))
         chunks = {"autoregressive": [[v] for v in every], "joint": [every], "single": [[0]]}[sampling]
         if self.config["regression"]:
             chunks, num_inference_steps = [[0]], 1
-        self._warn_of_views(0 if parameters is None else batch_and_views(parameters)[1], chunks, guidance_scale != 1.0)
+        self._warn_of_views(views, chunks, guidance_scale != 1.0)
         self._num_timesteps, step = 0, 0
         signals: Any = None
         with self.progress_bar(total=num_inference_steps * len(chunks)) as bar:  # pyright: ignore[reportCallIssue]
@@ -326,21 +338,21 @@ class ForwardModelPipeline(SafePipeline):
                 return sample
 
             for chunk in chunks:
-                views = map_parameters(lambda value, chunk=chunk: value[:, chunk], targets)
+                where = map_parameters(lambda value, chunk=chunk: value[:, chunk], targets)
                 start = latents[:, chunk]
                 if self.config["regression"]:
-                    signals = self._regressed(start, views, context)
+                    signals = self._regressed(start, where, context)
                     on_step(None, start, signals)
                     break
                 timesteps = set_timesteps(self.scheduler, num_inference_steps, self._execution_device)
                 self._num_timesteps = len(timesteps) * len(chunks)
                 bar.total = self._num_timesteps
-                sample, signals, last = self._denoised(start, views, context, timesteps, arguments, on_step)
+                sample, signals, last = self._denoised(start, where, context, timesteps, arguments, on_step)
                 if self._interrupt:
                     break
                 guided = self._guidance_scale != 1.0
                 if guided or chunk is not chunks[-1]:
-                    context = self._joined(context, sample, views, context_noise, generator)
+                    context = self._joined(context, sample, where, context_noise, generator)
                 if guided and chunk is chunks[-1]:
                     signals = self._signals(*last, context)
         seen = observe(signals, self.forward_model, targets)

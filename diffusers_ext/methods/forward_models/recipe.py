@@ -147,8 +147,8 @@ class ForwardModelRecipe(Recipe[ForwardModelConfig]):
                 "observation_shape": self.observation_shape,
                 "signal_range": self.signal_range,
             }
-            size = sum(p[0].numel() for p in (parameters.values() if isinstance(parameters, dict) else [parameters]))
-            default = {"parameter_size": size}
+            parts = [parameters] if isinstance(parameters, torch.Tensor) else parameters.values()
+            default = {"parameter_size": sum(part[0].numel() for part in parts)}
             return make_network(ObservationMLP, "unet_config", config.unet_config, fixed, default)
         require(len(shape) == 3, "network", config.network, f"'mlp' for signals that are no images, of shape {shape}")
         channels = input_channels(shape, self.forward_model, parameters)

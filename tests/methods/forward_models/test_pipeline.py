@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import (
     DDPMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
@@ -206,6 +207,9 @@ def test_other_schedulers_sample_too(kind):
 # ---------------------------------------------------------------- what is refused
 
 
+@pytest.mark.filterwarnings(  # by those of Diffusers that give tensors to NumPy
+    "ignore:__array_wrap__ must accept context and return_scalar arguments:DeprecationWarning"
+)
 @pytest.mark.parametrize(
     "made",
     [
@@ -238,7 +242,7 @@ def test_wrong_arguments_are_named_before_any_call():
         ((seen, corners[:, :, 0].float() * float("nan")), {}, "`parameters` must be "),
         ((seen, corners.repeat(1, 2, 1)), {}, "`parameters` must be those of each of the 1 observations"),
         ((seen, corners[:1]), {}, r"`parameters` must be of shape (2, views, ...) with at least one view"),
-        ((seen, outside), {}, "`parameters` must be whole numbers from (0, 0) to (4, 4), got [5, "),
+        ((seen, outside), {}, "`parameters` must be whole numbers from (0, 0) to (4, 4), got [[5, "),
         ((seen[..., :3], corners), {}, "`observations` must be of shape (batch, views, 1, 4, 4), as CropForwardModel"),
         ((seen[0, 0, 0], corners), {}, "`observations` must be of shape (batch, views, ...)"),
         ((nan, corners), {}, "`observations` must be finite, got 'NaN or infinite numbers'"),
@@ -277,11 +281,26 @@ def test_more_views_than_in_training_are_told():
         pipeline(*context(1), num_views=2, **SHORT)
 
 
-def test_parameters_that_cannot_be_drawn_must_be_given():
-    class Row(ForwardModel):
-        def forward(self, signal, parameters):
-            return signal[torch.arange(len(signal)), :, parameters]
+class Row(ForwardModel):
+    def forward(self, signal, parameters):
+        return signal[torch.arange(len(signal)), :, parameters]
 
+
+def test_a_forward_model_of_ones_own_is_handed_over(tmp_path):
+    pipeline = ForwardModelPipeline(unet(), scheduler(), Row(), observation_scale=2.0)
+    pipeline.save_pretrained(tmp_path)
+    call = {"target_parameters": torch.tensor([[3, 5]]), **SHORT}
+    expected = pipeline(generator=seeded(), **call).signals
+    again = DiffusionPipeline.from_pretrained(tmp_path, forward_model=Row())
+    assert torch.equal(again(generator=seeded(), **call).signals, expected)
+    with pytest.raises(ValueError, match="`forward_model` must be handed over, `from_pretrained"):
+        DiffusionPipeline.from_pretrained(tmp_path)
+    other = ForwardModelPipeline.from_pipe(again)
+    assert other.forward_model is again.forward_model
+    assert other.config["observation_scale"] == 2
+
+
+def test_parameters_that_cannot_be_drawn_must_be_given():
     pipeline = ForwardModelPipeline(unet(), scheduler(), Row())
     pipeline.set_progress_bar_config(disable=True)
     with pytest.raises(ValueError, match="Row draws no parameters by itself: pass them"):
