@@ -291,6 +291,7 @@ class ForwardModelPipeline(SafePipeline):
         self._check_numbers(sampling, output_type, whole)
         check_scheduler(self.scheduler)
         self._guidance_scale, self._interrupt = guidance_scale, False
+        self._network_dtype = self.unet.dtype  # asked once: it takes a walk over all modules
         self._check_guidance()
         if context_noise is None:
             context_noise = float(self.config["context_noise"])
@@ -399,7 +400,7 @@ class ForwardModelPipeline(SafePipeline):
         inputs = lifted_input(noisy, context)
         if with_null:
             inputs = torch.cat([inputs, lifted_input(noisy)])
-        return self.unet(inputs.to(self.unet.dtype), t, return_dict=False)[0].to(self._precision())
+        return self.unet(inputs.to(self._network_dtype), t, return_dict=False)[0].to(inputs.dtype)
 
     def _regressed(self, like: torch.Tensor, parameters: Any, context: LiftedViews | None) -> torch.Tensor:
         """Returns the signals that a network gives which was trained without noisy observations."""
