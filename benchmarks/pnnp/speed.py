@@ -60,7 +60,8 @@ class Networks:
 
     @torch.no_grad()
     def sample(self, shape, iso, generator=None):
-        z = torch.randn(2, shape[0] * shape[1], 1, *shape[2:], generator=generator)  # planes are a batch of one channel there
+        # Planes are a batch of one channel there.
+        z = torch.randn(2, shape[0] * shape[1], 1, *shape[2:], generator=generator)
         noise = self.proxy.gain(float(iso[0])) * self.proxy.nn_pre(z[0]) + self.proxy.nn_fol(z[1])
         return noise.reshape(shape)
 

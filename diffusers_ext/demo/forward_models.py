@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diffusers_ext.data.assets import ASSETS
 from diffusers_ext.training.callbacks import image_grid
@@ -56,9 +56,9 @@ def forward_models(output_dir: Path) -> Path:
 
 
 def _image(values: torch.Tensor, width: int) -> Image.Image:
-    """Returns values in [0, 1] as a picture 64 high."""
+    """Returns values in [0, 1] as a picture 64 high, and a white edge."""
     pixels = (values.clamp(0, 1) * 255).round().byte().numpy()
-    return Image.fromarray(pixels).resize((width, 64), Image.Resampling.NEAREST)
+    return ImageOps.expand(Image.fromarray(pixels).resize((width, 64), Image.Resampling.NEAREST), 4, 255)
 
 
 def _column(images: torch.Tensor, size: int = 8) -> Image.Image:
