@@ -152,6 +152,7 @@ _PUBLIC = {
     "methods.q_diffusion.reconstruct": ["quantize_model"],
     "methods.score_frameworks.conversion": ["NCSNDenoiser", "ncsn_as_denoiser", "score_from_output"],
     "methods.score_frameworks.langevin": ["geometric_sigmas", "langevin_step_size", "largest_distance"],
+    "methods.score_frameworks.ode": ["solve_probability_flow"],
     "methods.score_frameworks.scheduling_annealed_langevin": ["AnnealedLangevinScheduler"],
     "methods.score_frameworks.scheduling_score_sde": ["ScoreSDEScheduler"],
     "methods.score_frameworks.sde": ["SubVPSDE", "VESDE", "VPSDE"],
