@@ -156,6 +156,7 @@ _PUBLIC = {
     "methods.score_frameworks.scheduling_annealed_langevin": ["AnnealedLangevinScheduler"],
     "methods.score_frameworks.scheduling_score_sde": ["ScoreSDEScheduler"],
     "methods.score_frameworks.sde": ["SubVPSDE", "VESDE", "VPSDE"],
+    "methods.score_frameworks.timesteps": ["FrameworkTimesteps"],
     "methods.sda.align": ["AlignConfig", "align"],
     "methods.sda.align_set": ["AlignSetConfig", "align_set"],
     "methods.sda.baselines": ["stream_logits", "stream_order"],
