@@ -21,7 +21,7 @@ from diffusers_ext import DenoisingConfig, DenoisingRecipe
 ROOT = RESULTS.parents[1]
 RUNS = ROOT / "runs" / "score_frameworks"
 SEEDS = [0, 1, 2]
-STEPS = 1500
+STEPS = 700
 UNET = {
     "block_out_channels": [12, 24, 40, 40],
     "down_block_types": ["DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
@@ -51,7 +51,7 @@ def brain_model(seed):
             max_train_steps=STEPS,
             learning_rate=2e-3,
             lr_scheduler="cosine",
-            lr_warmup_steps=100,
+            lr_warmup_steps=50,
             ema_decay=0.995,
             mixed_precision="bf16",
             checkpointing_steps=100,
