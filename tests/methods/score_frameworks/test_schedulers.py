@@ -19,6 +19,7 @@ from diffusers_ext import (
     geometric_sigmas,
     ncsn_as_denoiser,
     sigma_of_timestep,
+    timestep_of_sigma,
 )
 from tests.methods.score_frameworks.gaussian import GaussianNetwork, final_variances, run
 
@@ -126,14 +127,17 @@ def test_one_network_sees_the_same_in_every_framework():
     made.append(AnnealedLangevinScheduler(sigma_max=20.0))
     for scheduler in made:
         scheduler.set_timesteps(40)
+        network = GaussianNetwork(scheduler.alphas_cumprod)
         for move, t in zip(scheduler._moves, scheduler.timesteps, strict=True):
             x = move.a * y
-            output = GaussianNetwork(scheduler.alphas_cumprod)(scheduler.scale_model_input(x, t), t)
+            exact = timestep_of_sigma(scheduler.alphas_cumprod, move.sigma)  # what is rounded in `timesteps`
+            assert exact.item() == pytest.approx(t.item(), rel=1e-6)
+            output = network(scheduler.scale_model_input(x, t), exact)
             found = scheduler.step(output, t, x, generator=seeded()).pred_original_sample
             if 0.02 < move.sigma < 150:  # levels that the network knows
                 clean.append((found - y * 0.25 / (0.25 + move.sigma**2)).abs().max())
     assert len(clean) > 150
-    assert max(clean) < 2e-6  # timesteps are given in single precision
+    assert max(clean) < 1e-10
 
 
 def test_ddpm_is_euler_ancestral_in_other_units():
@@ -263,6 +267,9 @@ def test_steps_are_reproducible_and_a_batch_is_its_samples(scheduler):
 
 def test_steps_as_tuples_and_in_half_precision(scheduler):
     x = torch.randn(2, 3, 4, 4, generator=seeded())
+    level = sigma_of_timestep(scheduler.alphas_cumprod, 7)
+    a = scheduler._a(level)
+    torch.testing.assert_close(scheduler.scale_model_input(x, 7), x / float(a * (1 + level**2).sqrt()))
     found = []
     for given, as_dict in ((x, True), (x, False), (x.half(), True)):
         scheduler.set_timesteps(6)
