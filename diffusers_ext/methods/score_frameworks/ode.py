@@ -158,7 +158,7 @@ def solve_probability_flow(
     if sample.ndim < 2 or not bool(torch.isfinite(sample).all()):
         raise ValueError(f"`sample` must be finite numbers of the shape (batch, ...), got {tuple(sample.shape)}.")
     field = ScoreField(model, scheduler, **model_kwargs)
-    process = getattr(scheduler, "sde", "vp") if sde is None else sde
+    process: Any = getattr(scheduler, "sde", "vp") if sde is None else sde
     if not isinstance(process, SDE):
         process = make_sde(process, sigma_max=field.levels.sigma[-1].item())
     shape = sample.shape[1:]

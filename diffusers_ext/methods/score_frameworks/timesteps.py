@@ -55,8 +55,7 @@ class FrameworkTimesteps(Timesteps):
         sigma_min: float | None = None,
         sigma_max: float | None = None,
     ) -> None:
-        last = len(alphas_cumprod) - 1
-        least, most = sigma_of_timestep(alphas_cumprod, [0, last]).tolist()
+        least, most = (sigma_of_timestep(alphas_cumprod, t).item() for t in (0, len(alphas_cumprod) - 1))
         low = max(0.01, least) if sigma_min is None else sigma_min
         high = most if sigma_max is None else sigma_max
         check_sigmas(high, low)

@@ -8,9 +8,11 @@ from diffusers import (
     DDPMScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
     UNet2DModel,
 )
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 
 from diffusers_ext import (
     AnnealedLangevinScheduler,
@@ -21,6 +23,7 @@ from diffusers_ext import (
     sigma_of_timestep,
     timestep_of_sigma,
 )
+from tests.methods.oms.tiny import stable_diffusion
 from tests.methods.score_frameworks.gaussian import GaussianNetwork, final_variances, run
 
 
@@ -359,6 +362,25 @@ def test_images_of_the_stock_pipeline_loop(scheduler):
     with torch.no_grad():
         *_, by_hand = run(scheduler, lambda x, t: unet(x, t).sample, x, source)
     torch.testing.assert_close(by_hand, alone, atol=2e-4, rtol=1e-4)
+
+
+def test_text_pipelines_by_exchanging_the_scheduler(scheduler):
+    """Stable Diffusion's own loops, from noise and from an image; the latter begins in between and counts calls."""
+    pipe = stable_diffusion()
+    pipe.scheduler = type(scheduler).from_config({**pipe.scheduler.config, **scheduler.config})
+    drawn = pipe("ab", num_inference_steps=2, guidance_scale=2.0, output_type="np", generator=seeded()).images
+    assert np.isfinite(drawn).all()
+    from_image = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    from_image.set_progress_bar_config(disable=True)
+    seen = []
+    found = from_image(
+        "ab", Image.new("RGB", (16, 16)), strength=0.5, num_inference_steps=4, guidance_scale=1.0, output_type="np",
+        generator=seeded(), callback_on_step_end=lambda p, i, t, kw: seen.append(float(t)) or kw,
+    )  # fmt: skip
+    assert np.isfinite(found.images).all()
+    made = from_image.scheduler
+    assert seen == made.timesteps[2 * made.order :].tolist()
+    assert made.step_index is None
 
 
 @pytest.mark.parametrize(
