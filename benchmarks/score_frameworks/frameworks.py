@@ -54,8 +54,9 @@ TITLES = {
     "vp": "VP, reverse",
     "subvp": "sub-VP, Euler",
 }
-CURVE = ("ddpm", "ncsn", "ve")  # the three frameworks, over these calls; the others at `CALLS` only
-CURVE_CALLS, CALLS = (20, 50, 100), 100
+CALLS = 100
+# The three frameworks over several numbers of calls; the other samplers make `CALLS`.
+CURVES = {"ddpm": (5, 10, 20, 50, 100), "ncsn": (20, 50, 100), "ve": (5, 10, 20, 50, 100)}
 FLOW_COUNT = 16
 FLOW_STEPS, TOLERANCES, EXACT = (20, 40, 80, 160, 320), (1e-1, 1e-2, 1e-3, 1e-4), 1e-5
 
@@ -137,7 +138,7 @@ def distances(seed, pipe, features, real):
         return frechet_distance(extract_features(images, features), real)
 
     wanted = [(name, CALLS) for name in SAMPLERS]
-    wanted += [(name, calls) for calls in CURVE_CALLS if calls != CALLS for name in CURVE]
+    wanted += [(name, c) for name, calls in CURVES.items() for c in reversed(calls) if c != CALLS]
     return {
         f"{calls}_{name}": saved(RUNS / f"seed-{seed}" / f"{name}-{calls}.json", lambda n=name, c=calls: one(n, c))
         for name, calls in wanted
@@ -200,7 +201,7 @@ def report(measured, flows, floor, seconds):
             key = f"fd_{name}_over_ddpm"
             figures[key] = mean(ratios, "ratio", GOALS.get(key))
     # The distance that all three reach, of the mean over seeds.
-    curves = {n: [(c, statistics.mean(m[f"{c}_{n}"] for m in measured)) for c in CURVE_CALLS] for n in CURVE}
+    curves = {n: [(c, statistics.mean(m[f"{c}_{n}"] for m in measured)) for c in calls] for n, calls in CURVES.items()}
     common = max(min(v for _, v in curve) for curve in curves.values())
     figures["fd_common"] = figure(common, "distance")
     for name, curve in curves.items():
@@ -215,7 +216,7 @@ def report(measured, flows, floor, seconds):
         figures[f"flow_calls_{kind}_to_0.01"] = mean(values, "calls")
     ratios = [a / b for a, b in zip(least["adaptive"], least["fixed"], strict=True)]
     figures["flow_adaptive_over_fixed"] = mean(ratios, "ratio")
-    columns = {f"fd_{calls}": f"{calls} calls" for calls in CURVE_CALLS}
+    columns = {f"fd_{calls}": f"{calls} calls" for calls in CURVES["ddpm"]}
     table = {"of": "Frechet distance", "rows": TITLES, "columns": columns}
     command = "python -m benchmarks.score_frameworks.frameworks"
     write_result(
