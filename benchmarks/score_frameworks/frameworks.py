@@ -180,9 +180,8 @@ def crossing(points, level):
     Beyond the last point its last slope goes on.
     """
     points = sorted(points)
-    for (c0, v0), (c1, v1) in zip(points, points[1:], strict=False):
-        last = (c1, v1) == tuple(points[-1]) or [c1, v1] == points[-1]
-        if v1 <= level or last:
+    for i, ((c0, v0), (c1, v1)) in enumerate(zip(points, points[1:], strict=False)):
+        if v1 <= level or i == len(points) - 2:
             share = (math.log(level) - math.log(v0)) / (math.log(v1) - math.log(v0))
             return max(points[0][0], math.exp(math.log(c0) + share * (math.log(c1) - math.log(c0))))
     raise AssertionError("there are two points or more")
