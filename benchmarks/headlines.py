@@ -108,6 +108,17 @@ METHODS = {
             "{experiment[adaround_over_nearest_digits]} times on digits."
         ),
     },
+    "score_frameworks": {
+        "title": "One denoiser under three frameworks",
+        "papers": ["2211.07804", "1907.05600", "2006.09011", "2011.13456", "2110.05243", "2212.00490"],
+        "gives": (
+            "Sample any denoiser as DDPM, NCSN or SDE by exchanging the scheduler; anomaly maps, and images from "
+            "undersampled k-space. For research, not for diagnosis."
+        ),
+        "headline": (
+            "A DDPM as a VE process: {frameworks[fd_ve_over_ddpm]} times DDPM's Frechet distance after 100 calls."
+        ),
+    },
     "sda": {
         "title": "SDA test-time adaptation",
         "papers": ["2406.04295", "2207.03442"],

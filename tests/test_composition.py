@@ -19,6 +19,7 @@ from diffusers_ext import (
     AmbientConfig,
     AmbientRecipe,
     AmbientTextRecipe,
+    AnomalyDetectionPipeline,
     Callback,
     CropForwardModel,
     DomainStudioConfig,
@@ -44,6 +45,7 @@ from diffusers_ext import (
     QuantLinear,
     RawNoiseSynthesizer,
     ScoreField,
+    ScoreSDEScheduler,
     SDAClassifierConfig,
     SDATTAPipeline,
     SGMSEConfig,
@@ -418,6 +420,37 @@ def _(models, capsys):
     with torch.no_grad():
         noise = base.unet(a.sqrt() * y, 100).sample
     torch.testing.assert_close(found, y - sigma * noise, atol=1e-4, rtol=1e-4)
+
+
+@row(
+    ("score_frameworks", "immiscible"),
+    "Score frameworks with an immiscibly trained model",
+    "works",
+    "Take `predictor='probability_flow'` without corrector: the others draw noise, for which such a model is biased.",
+)
+def _(models, capsys):
+    base = load(models, "immiscible")
+    field, x = ScoreField.from_pipeline(base), torch.randn(2, 1, 8, 8, generator=seeded(3))
+    settings = {"sde": "ve", "predictor": "probability_flow", "corrector_steps": 0, "sigma_min": 0.05}
+    base.scheduler = ScoreSDEScheduler.from_config(base.scheduler.config, **settings)
+    found = base(latents=x, num_inference_steps=5, output_type="latent").images
+    high = base.scheduler.init_noise_sigma
+    sigmas, y = np.geomspace(high, 0.05, 5).tolist(), high * x
+    for now, then in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+        with torch.no_grad():
+            y = y + (then - now) * field.eps(y / (1 + now**2) ** 0.5, now, beyond=True)
+    torch.testing.assert_close(found, y, atol=1e-3, rtol=1e-3)
+
+
+@row(
+    ("score_frameworks", "mmd_ddm"),
+    "Anomaly maps of a few-step-tuned model",
+    "refused",
+    "Maps begin between the tuned timesteps, and the network is good at no others: take the model before tuning.",
+)
+def _(models, capsys):
+    with pytest.raises(ValueError, match="AnomalyDetectionPipeline must have a network that is good at every"):
+        AnomalyDetectionPipeline.from_pipe(load(models, "mmd_ddm"))
 
 
 @row(

@@ -25,6 +25,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 import diffusers_ext
 from diffusers_ext import (
     AmbientPipeline,
+    AnnealedLangevinScheduler,
     BlurForwardModel,
     CameraProfile,
     CropForwardModel,
@@ -47,6 +48,7 @@ from diffusers_ext import (
     RawDenoisePipeline,
     RawUNet,
     SBVEScheduler,
+    ScoreSDEScheduler,
     SDATTAPipeline,
     SensorNoisePipeline,
     SensorNoiseProxy,
@@ -274,6 +276,8 @@ EXAMPLES = {
             class_labels=torch.tensor([1, 3]),
         ),
     ],
+    "AnnealedLangevinScheduler": [example(lambda: AnnealedLangevinScheduler(sigma_max=20.0, steps_per_level=2))],
+    "ScoreSDEScheduler": [example(lambda: ScoreSDEScheduler(sde="subvp", beta_max=15.0, corrector_steps=2))],
     "OUVEScheduler": [example(lambda: OUVEScheduler(theta=2.0, sigma_max=1.0, algorithm="transitions", eta=0.5))],
     "SBVEScheduler": [example(lambda: SBVEScheduler(k=2.5, algorithm="sde"))],
     "SGMSEUNet2DModel": [

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-__all__ = ["Levels", "Schedule", "as_levels"]
+__all__ = ["Levels", "Schedule", "as_levels", "noise_from_output", "sigma_of_timestep", "timestep_of_sigma"]
 
 LEAST_SIGNAL = 1e-3  # levels of smaller a hold nothing of the image, and 1 / a no digits
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
@@ -90,10 +90,14 @@ class Schedule:
         """The scheduler's own levels by rising sigma, without those of a < 0.001."""
         return self.at(torch.from_numpy(self._sigma))
 
-    def at(self, sigma: float | torch.Tensor) -> Levels:
+    def at(self, sigma: float | torch.Tensor, beyond: bool = False) -> Levels:
         """Returns the levels of some sigmas.
 
         Between timesteps ln sigma is taken as linear in t, on flow schedules t as proportional to sigma / (1 + sigma).
+
+        Args:
+            sigma: levels of any shape.
+            beyond: take levels outside the scheduler's too; their t is that of the nearest.
 
         Raises:
             ValueError: a sigma is outside the scheduler's levels.
@@ -101,13 +105,13 @@ class Schedule:
         sigma = as_levels(sigma, "sigma")
         low, high = float(self._sigma[0]), float(self._sigma[-1])
         outside = sigma[~((sigma >= low * (1 - 1e-6)) & (sigma <= high * (1 + 1e-6)))]
-        if outside.numel():
+        if outside.numel() and not beyond:
             raise ValueError(
                 f"`sigma` must be within the scheduler's levels, {low:.4g} to {high:.4g}, got {float(outside[0]):.4g}."
             )
         if self.kind == "flow":
             a = 1 / (1 + sigma)
-            t = self.length * sigma * a
+            t = (self.length * sigma * a).clamp(float(self._t[0]), float(self._t[-1]))
         else:
             a = (sigma.square() + self.sigma_data**2).rsqrt()
             t = torch.as_tensor(np.interp(sigma.log().numpy(), np.log(self._sigma), self._t))
@@ -120,11 +124,74 @@ class Schedule:
             skip = self.sigma_data**2 / variance
             clean = skip * x / a + sign * (b / a) * self.sigma_data / variance.sqrt() * output
             return (x - a * clean) / b
-        if self.prediction_type == "epsilon":
-            return output
-        if self.prediction_type == "sample":
-            return (x - a * output) / b
-        return x + a * output if self.kind == "flow" else a * output + b * x
+        return noise_from_output(output, x, a, b, self.prediction_type)
+
+
+def noise_from_output(output: Any, x: Any, a: Any, b: Any, prediction_type: str) -> Any:
+    """Returns the noise that an output of the network means at x = a x0 + b n; see `PREDICTIONS`."""
+    if prediction_type == "epsilon":
+        return output
+    if prediction_type == "sample":
+        return (x - a * output) / b
+    return x + a * output if prediction_type == "flow_prediction" else a * output + b * x
+
+
+def _log_sigmas(alphas_cumprod: torch.Tensor) -> np.ndarray:
+    alphas = torch.as_tensor(alphas_cumprod).double().cpu().numpy()
+    if alphas.ndim != 1 or not len(alphas) or not ((alphas > 0) & (alphas < 1)).all():
+        raise ValueError(
+            "`alphas_cumprod` must be numbers between 0 and 1 in one row, not a schedule of zero terminal SNR, got "
+            f"the shape {alphas.shape} and numbers from {alphas.min(initial=1):.4g} to {alphas.max(initial=0):.4g}."
+        )
+    return np.log((1 - alphas) / alphas) / 2
+
+
+def sigma_of_timestep(alphas_cumprod: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
+    r"""Returns the noise levels \(\sigma = b/a\) of timesteps; between integers ln sigma is linear.
+
+    Args:
+        alphas_cumprod: `(num_train_timesteps,)` of a scheduler.
+        t: timesteps of any shape, fractions included, in `0..num_train_timesteps - 1`.
+
+    Returns:
+        float64 tensor of `t`'s shape.
+
+    Raises:
+        ValueError: a timestep is outside, or the schedule ends at zero SNR.
+
+    Example:
+        >>> from diffusers import DDPMScheduler
+        >>> from diffusers_ext import sigma_of_timestep
+        >>> sigma_of_timestep(DDPMScheduler().alphas_cumprod, [0, 100.5])
+        tensor([0.0100, 0.3440], dtype=torch.float64)
+    """
+    logs, t = _log_sigmas(alphas_cumprod), as_levels(t, "t")
+    outside = t[~((t >= 0) & (t <= len(logs) - 1))]
+    if outside.numel():
+        raise ValueError(f"`t` must lie in 0..{len(logs) - 1}, got {outside[0]:.6g}.")
+    return torch.as_tensor(np.exp(np.interp(t.numpy(), np.arange(len(logs)), logs)))
+
+
+def timestep_of_sigma(alphas_cumprod: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+    r"""Returns the timesteps that a network is given at noise levels: the inverse of `sigma_of_timestep`.
+
+    Levels beyond the schedule get its first or last timestep.
+
+    Args:
+        alphas_cumprod: `(num_train_timesteps,)` of a scheduler.
+        sigma: levels \(\sigma = b/a > 0\) of any shape.
+
+    Returns:
+        float64 tensor of `sigma`'s shape, fractions in `0..num_train_timesteps - 1`.
+
+    Raises:
+        ValueError: a level is not above 0, or the schedule ends at zero SNR.
+    """
+    logs, sigma = _log_sigmas(alphas_cumprod), as_levels(sigma, "sigma")
+    wrong = sigma[~(sigma > 0)]
+    if wrong.numel():
+        raise ValueError(f"`sigma` must be above 0, got {wrong[0]:.4g}.")
+    return torch.as_tensor(np.interp(sigma.log().numpy(), logs, np.arange(len(logs))))
 
 
 def as_levels(sigma: Any, name: str) -> torch.Tensor:

@@ -25,6 +25,7 @@ NOISE_STRATEGIES = {
     "assignment": "AssignmentNoise",
     "knn": "NearestNoise",
     "signflip": "SignFlipNoise",
+    "simplex": "SimplexNoise",
 }
 
 
