@@ -45,9 +45,11 @@ SAYS = {
         "Sampling takes {:.3f} times as long as its calls of the network, lifts, calls of the forward model and "
         "scheduler steps by themselves."
     ),
+    "network_call": "A call of that network takes {:.3f} seconds.",
     "context_lifts_a_view": "Each view of the context is lifted {:.0f} time(s), not at every step.",
     r"batch_of_8_(\w+)": r"Eight samples in one call are {:.1f} times as fast as in eight calls (\1).",
     "training_step_over_bare_loop": "A training step takes {:.3f} times as long as a loop of the same parts by hand.",
+    "bare_step": "A step of that loop takes {:.2f} seconds.",
 }
 
 
