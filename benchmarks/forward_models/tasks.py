@@ -68,8 +68,7 @@ def rows_of(n):
 # -- tomography ----------------------------------------------------------------------------------------------------
 
 ANGLES, GIVEN, NOISE, FURTHER_NOISE = 12, 4, 0.5, 0.02
-# Of a half turn only even multiples of the angle are orthogonal: up to 6, all of them hardly tell neighbours apart.
-HARMONICS = 12
+HARMONICS = 6
 SCANNER = ProjectionForwardModel(num_bins=12, extent=1.1, num_angles=ANGLES)
 
 
