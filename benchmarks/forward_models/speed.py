@@ -4,8 +4,8 @@
 
 The pipeline draws two views of 32x32 images, of which the context is a window, with a UNet. Its time is compared with
 that of its parts on fixed inputs: as many lifts of the noisy view, calls of the network and of the forward model and
-steps of the scheduler, one after the other. Training is compared with a loop written by hand of the same parts; the loops take
-turns in short stretches. All times are those of the processor, of one thread.
+steps of the scheduler, one after the other. Training is compared with a loop written by hand of the same parts; the
+loops take turns in short stretches. All times are those of the processor, of one thread.
 """
 
 import os
@@ -42,7 +42,7 @@ REPEATS, STEPS, VIEWS, ROUNDS, BATCH = 9, 10, 2, 12, 16
 CLOCK = time.process_time  # of one thread: other work on the machine does not count
 SAYS = {
     "pipeline_over_parts": (
-        "Sampling takes {:.3f} times as long as its lifts, calls of the network and of the forward model and scheduler "
+        "Sampling takes {:.3f} times as long as its lifts, calls of the network and the forward model and scheduler "
         "steps alone."
     ),
     "network_call": "A call of that network takes {:.3f} seconds.",
