@@ -19,6 +19,15 @@ METHODS = {
             "fine-tuning, at {experiment[domain_studio_over_plain_frechet_distance_600]} of its Frechet distance."
         ),
     },
+    "forward_models": {
+        "title": "Diffusion with forward models",
+        "papers": ["2306.11719"],
+        "gives": (
+            "Learn a diffusion model of what was never observed directly, from crops, projections or pictures of it, "
+            "and sample what agrees with one observation."
+        ),
+        "headline": "A noisy row of 12 pixels of a digit gives digits that agree with it; none was ever seen whole.",
+    },
     "geometry": {
         "title": "Geometry of a trained model",
         "papers": ["2402.03845", "2212.12611", "2406.03537", "2206.14882", "2510.12975"],

@@ -21,9 +21,12 @@ from diffusers_ext import (
     AmbientTextRecipe,
     AnomalyDetectionPipeline,
     Callback,
+    CropForwardModel,
     DomainStudioConfig,
     DomainStudioRecipe,
     DomainStudioTextRecipe,
+    ForwardModelConfig,
+    ForwardModelRecipe,
     ImageClassifierFeatures,
     ImmiscibleConfig,
     ImmiscibleRecipe,
@@ -169,6 +172,14 @@ def models(tmp_path_factory):
     config = PNNPConfig(**raw, output_dir=str(folder / "pnnp"), resolution=16, train_batch_size=2)
     watched["pnnp"] = Watch(config.ema_decay)
     Trainer(config, PNNPRecipe(config), [watched["pnnp"]]).train()
+    windows = {
+        **{name: common[name] for name in (*names, "train_data_dir", "resolution", "channels", "train_batch_size")},
+        **{"output_dir": str(folder / "forward_models"), "unet_config": str(folder / "unet.json")},
+    }
+    config = ForwardModelConfig(**windows, simulated_views=5)
+    watched["forward_models"] = Watch(config.ema_decay)
+    recipe = ForwardModelRecipe(config, CropForwardModel(4, 8))
+    Trainer(config, recipe, [watched["forward_models"]]).train()
     text = {
         "train_data_dir": str(folder / "photos"),
         "instance_prompt": "a red cat",
@@ -466,6 +477,16 @@ def _(models, capsys):
 )
 def _(models, capsys):
     not_taken(PNNPConfig, "noise", capsys)
+
+
+@row(
+    ("forward_models", "immiscible"),
+    "Immiscible noise in training through a forward model",
+    "refused",
+    "What is noised is one view of a signal, and near views are of other signals; `--noise` is no argument of it.",
+)
+def _(models, capsys):
+    not_taken(ForwardModelConfig, "noise", capsys)
 
 
 @row(
@@ -860,6 +881,16 @@ def _(models, capsys):
 
 
 @row(
+    ("forward_models", "lora"),
+    "Diffusion with forward models by LoRA",
+    "refused",
+    "Its networks are trained whole; `--lora_rank` is no argument of it.",
+)
+def _(models, capsys):
+    not_taken(ForwardModelConfig, "lora_rank", capsys)
+
+
+@row(
     ("sda", "lora"),
     "SDA's fine-tuning by LoRA",
     "refused",
@@ -925,6 +956,11 @@ def _(models, capsys):
     models.watched["sgmse"] = Watch(config.ema_decay)
     Trainer(config, SGMSERecipe(config), [models.watched["sgmse"]]).train()
     averaged(models, "sgmse")
+
+
+@row(("forward_models", "ema"), "EMA of diffusion with forward models", "works", "What is saved is the average.")
+def _(models, capsys):
+    averaged(models, "forward_models")
 
 
 @row(("pnnp", "ema"), "EMA of PNNP", "works", "What is saved is the average.")
