@@ -164,7 +164,7 @@ def solve_probability_flow(
     shape = sample.shape[1:]
 
     def slope(t: torch.Tensor, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        t = t.double().cpu()
+        t = t.cpu().double()
         sigma, a = process.sigma(t), process.a(t)
         seen = (x / a.to(x)[:, None]).view(-1, *shape)
         scale = field.coefficients(sigma, seen, beyond=True)[0].to(x)
