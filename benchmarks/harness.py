@@ -15,16 +15,16 @@ from diffusers import UNet2DModel
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def interleaved(functions, repeats):
+def interleaved(functions, repeats, clock=time.perf_counter):
     """Times functions in turn, so that a slow moment of the machine hits all of them; returns median seconds."""
     times = {name: [] for name in functions}
     for function in functions.values():
         function()
     for _ in range(repeats):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             function()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -19,6 +19,15 @@ METHODS = {
             "fine-tuning, at {experiment[domain_studio_over_plain_frechet_distance_600]} of its Frechet distance."
         ),
     },
+    "forward_models": {
+        "title": "Diffusion with forward models",
+        "papers": ["2306.11719"],
+        "gives": (
+            "Learn a diffusion model of what was never observed directly, from crops, projections or pictures of it, "
+            "and sample what agrees with one observation."
+        ),
+        "headline": "A noisy row of 12 pixels of a digit gives digits that agree with it; none was ever seen whole.",
+    },
     "geometry": {
         "title": "Geometry of a trained model",
         "papers": ["2402.03845", "2212.12611", "2406.03537", "2206.14882", "2510.12975"],
@@ -97,6 +106,17 @@ METHODS = {
             "In 4 bits, {experiment[size_w4_photos]} of the memory: learned rounding leaves "
             "{experiment[adaround_over_nearest_photos]} times the error of rounding to nearest on photographs, "
             "{experiment[adaround_over_nearest_digits]} times on digits."
+        ),
+    },
+    "score_frameworks": {
+        "title": "One denoiser under three frameworks",
+        "papers": ["2211.07804", "1907.05600", "2006.09011", "2011.13456", "2110.05243", "2212.00490"],
+        "gives": (
+            "Sample any denoiser as DDPM, NCSN or SDE by exchanging the scheduler; anomaly maps, and images from "
+            "undersampled k-space. For research, not for diagnosis."
+        ),
+        "headline": (
+            "A DDPM as a VE process: {frameworks[fd_ve_over_ddpm]} times DDPM's Frechet distance after 100 calls."
         ),
     },
     "sda": {

@@ -22,6 +22,7 @@ EXPERIMENTS = {
     "q_diffusion_bits": "q_diffusion/experiment",
     "noise2score_levels": "noise2score/experiment",
     "pnnp_denoisers": "pnnp/denoiser",
+    "score_frameworks_samples": "score_frameworks/frameworks",
     "sgmse_sentence": "sgmse/calls",
 }
 

@@ -18,6 +18,7 @@ METHODS = {
     "ambient_text": ("AmbientTextRecipe", "any text-to-image pipeline on noised images, also by LoRA"),
     "domain_studio": ("DomainStudioRecipe", "an image model adapted to about ten images"),
     "domain_studio_text": ("DomainStudioTextRecipe", "any text-to-image pipeline adapted to about ten, also by LoRA"),
+    "forward_model": ("ForwardModelRecipe", "a model of signals from partial observations of them"),
     "immiscible": ("ImmiscibleRecipe", "image diffusion or flow matching, with plain or paired noise"),
     "mmd_ddm": ("MMDDDMRecipe", "a pretrained denoiser, for few sampling steps"),
     "noise2score": ("Noise2ScoreRecipe", "the score of noisy images from them alone, for denoising"),

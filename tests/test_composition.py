@@ -19,10 +19,14 @@ from diffusers_ext import (
     AmbientConfig,
     AmbientRecipe,
     AmbientTextRecipe,
+    AnomalyDetectionPipeline,
     Callback,
+    CropForwardModel,
     DomainStudioConfig,
     DomainStudioRecipe,
     DomainStudioTextRecipe,
+    ForwardModelConfig,
+    ForwardModelRecipe,
     ImageClassifierFeatures,
     ImmiscibleConfig,
     ImmiscibleRecipe,
@@ -41,6 +45,7 @@ from diffusers_ext import (
     QuantLinear,
     RawNoiseSynthesizer,
     ScoreField,
+    ScoreSDEScheduler,
     SDAClassifierConfig,
     SDATTAPipeline,
     SGMSEConfig,
@@ -167,6 +172,14 @@ def models(tmp_path_factory):
     config = PNNPConfig(**raw, output_dir=str(folder / "pnnp"), resolution=16, train_batch_size=2)
     watched["pnnp"] = Watch(config.ema_decay)
     Trainer(config, PNNPRecipe(config), [watched["pnnp"]]).train()
+    windows = {
+        **{name: common[name] for name in (*names, "train_data_dir", "resolution", "channels", "train_batch_size")},
+        **{"output_dir": str(folder / "forward_models"), "unet_config": str(folder / "unet.json")},
+    }
+    config = ForwardModelConfig(**windows, simulated_views=5)
+    watched["forward_models"] = Watch(config.ema_decay)
+    recipe = ForwardModelRecipe(config, CropForwardModel(4, 8))
+    Trainer(config, recipe, [watched["forward_models"]]).train()
     text = {
         "train_data_dir": str(folder / "photos"),
         "instance_prompt": "a red cat",
@@ -410,6 +423,37 @@ def _(models, capsys):
 
 
 @row(
+    ("score_frameworks", "immiscible"),
+    "Score frameworks with an immiscibly trained model",
+    "works",
+    "Take `predictor='probability_flow'` without corrector: the others draw noise, for which such a model is biased.",
+)
+def _(models, capsys):
+    base = load(models, "immiscible")
+    field, x = ScoreField.from_pipeline(base), torch.randn(2, 1, 8, 8, generator=seeded(3))
+    settings = {"sde": "ve", "predictor": "probability_flow", "corrector_steps": 0, "sigma_min": 0.05}
+    base.scheduler = ScoreSDEScheduler.from_config(base.scheduler.config, **settings)
+    found = base(latents=x, num_inference_steps=5, output_type="latent").images
+    high = base.scheduler.init_noise_sigma
+    sigmas, y = np.geomspace(high, 0.05, 5).tolist(), high * x
+    for now, then in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+        with torch.no_grad():
+            y = y + (then - now) * field.eps(y / (1 + now**2) ** 0.5, now, beyond=True)
+    torch.testing.assert_close(found, y, atol=1e-3, rtol=1e-3)
+
+
+@row(
+    ("score_frameworks", "mmd_ddm"),
+    "Anomaly maps of a few-step-tuned model",
+    "refused",
+    "Maps begin between the tuned timesteps, and the network is good at no others: take the model before tuning.",
+)
+def _(models, capsys):
+    with pytest.raises(ValueError, match="AnomalyDetectionPipeline must have a network that is good at every"):
+        AnomalyDetectionPipeline.from_pipe(load(models, "mmd_ddm"))
+
+
+@row(
     ("noise2score", "pnnp"),
     "Noise2Score of raw images that PNNP made noisy",
     "works",
@@ -433,6 +477,16 @@ def _(models, capsys):
 )
 def _(models, capsys):
     not_taken(PNNPConfig, "noise", capsys)
+
+
+@row(
+    ("forward_models", "immiscible"),
+    "Immiscible noise in training through a forward model",
+    "refused",
+    "What is noised is one view of a signal, and near views are of other signals; `--noise` is no argument of it.",
+)
+def _(models, capsys):
+    not_taken(ForwardModelConfig, "noise", capsys)
 
 
 @row(
@@ -827,6 +881,16 @@ def _(models, capsys):
 
 
 @row(
+    ("forward_models", "lora"),
+    "Diffusion with forward models by LoRA",
+    "refused",
+    "Its networks are trained whole; `--lora_rank` is no argument of it.",
+)
+def _(models, capsys):
+    not_taken(ForwardModelConfig, "lora_rank", capsys)
+
+
+@row(
     ("sda", "lora"),
     "SDA's fine-tuning by LoRA",
     "refused",
@@ -892,6 +956,11 @@ def _(models, capsys):
     models.watched["sgmse"] = Watch(config.ema_decay)
     Trainer(config, SGMSERecipe(config), [models.watched["sgmse"]]).train()
     averaged(models, "sgmse")
+
+
+@row(("forward_models", "ema"), "EMA of diffusion with forward models", "works", "What is saved is the average.")
+def _(models, capsys):
+    averaged(models, "forward_models")
 
 
 @row(("pnnp", "ema"), "EMA of PNNP", "works", "What is saved is the average.")

@@ -61,6 +61,11 @@ def test_demo_loads_draws_measures_finetunes_and_reloads(tmp_path):
     naive, known = map(float, re.search(r"taken for clean ([\d.]+), noise known ([\d.]+)", text).groups())
     assert known * 1.5 < naive
     assert (tmp_path / "ambient.png").is_file()
+    found = re.search(r"agree with the row to ([\d.]+), and vary by ([\d.]+) .*, by ([\d.]+) with one", text)
+    agree, four, one = map(float, found.groups())
+    assert agree < 0.25
+    assert four > one > 0.05
+    assert (tmp_path / "forward_models.png").is_file()
     distances = [float(d) for d in re.findall(r"Frechet distance to real digits ([\d.]+)$", text, re.M)]
     whole, nearest_8, nearest_4, learned_4 = distances
     assert nearest_8 < 1.2 * whole

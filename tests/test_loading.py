@@ -25,20 +25,30 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 import diffusers_ext
 from diffusers_ext import (
     AmbientPipeline,
+    AnnealedLangevinScheduler,
+    BlurForwardModel,
     CameraProfile,
+    CropForwardModel,
     DarkFrameModel,
+    DownsampleForwardModel,
+    ForwardModelPipeline,
+    GeneratorForwardModel,
     ImageClassifierFeatures,
     ImageGenerationPipeline,
+    MaskForwardModel,
     NativeGain,
     Noise2ScoreConvNet,
     Noise2ScorePipeline,
     Noise2ScoreUNet,
     NoiseDiffusionPipeline,
+    ObservationMLP,
     OMSPipeline,
     OUVEScheduler,
+    ProjectionForwardModel,
     RawDenoisePipeline,
     RawUNet,
     SBVEScheduler,
+    ScoreSDEScheduler,
     SDATTAPipeline,
     SensorNoisePipeline,
     SensorNoiseProxy,
@@ -47,6 +57,8 @@ from diffusers_ext import (
     SpeechEnhancementPipeline,
     StableDiffusionNoiseDiffusionPipeline,
     StableDiffusionXLNoiseDiffusionPipeline,
+    VolumeForwardModel,
+    WarpForwardModel,
     save_repo,
 )
 from diffusers_ext.hub.repo import pipeline_code
@@ -72,6 +84,22 @@ def vae():
         in_channels=1, out_channels=1, latent_channels=2, block_out_channels=(8, 8), norm_num_groups=2, sample_size=16,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
+
+
+def clean_samples():
+    return DDIMScheduler(prediction_type="sample", clip_sample=False, timestep_spacing="trailing")
+
+
+def lifting_unet(channels):
+    """A UNet of signals of as many channels, which reads what is lifted, its coverage, and flags."""
+    return UNet2DModel(
+        sample_size=8, in_channels=5 * channels + 1, out_channels=channels, block_out_channels=(8, 8),
+        norm_num_groups=2, layers_per_block=1, down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+
+
+IMAGE = torch.linspace(-1, 1, 64).sin().reshape(1, 1, 8, 8)
 
 
 def raw_unet():
@@ -248,6 +276,8 @@ EXAMPLES = {
             class_labels=torch.tensor([1, 3]),
         ),
     ],
+    "AnnealedLangevinScheduler": [example(lambda: AnnealedLangevinScheduler(sigma_max=20.0, steps_per_level=2))],
+    "ScoreSDEScheduler": [example(lambda: ScoreSDEScheduler(sde="subvp", beta_max=15.0, corrector_steps=2))],
     "OUVEScheduler": [example(lambda: OUVEScheduler(theta=2.0, sigma_max=1.0, algorithm="transitions", eta=0.5))],
     "SBVEScheduler": [example(lambda: SBVEScheduler(k=2.5, algorithm="sde"))],
     "SGMSEUNet2DModel": [
@@ -304,6 +334,68 @@ EXAMPLES = {
             z2=torch.linspace(2, -2, 24).reshape(2, 12),
             iso=torch.tensor([500.0, 900.0]),
         ),
+    ],
+    "ForwardModelPipeline": [
+        example(
+            lambda: ForwardModelPipeline(
+                ObservationMLP((1, 8, 8), (1, 12), angle_harmonics=2, hidden_size=8, num_blocks=1).eval(),
+                clean_samples(),
+                VolumeForwardModel(12, num_samples=4, output="brightness"),
+                observation_scale=4.0,
+                null_context=True,
+            ),
+            observations=torch.linspace(-1, 1, 48).sin().reshape(2, 2, 1, 12),
+            parameters=torch.linspace(0, 3, 4).reshape(2, 2),
+            guidance_scale=2.0,
+            num_views=2,
+            num_inference_steps=2,
+        ),
+        example(
+            lambda: ForwardModelPipeline(
+                lifting_unet(2), clean_samples(), GeneratorForwardModel(vae(), then=CropForwardModel(8, 16))
+            ),
+            observations=torch.linspace(-1, 1, 64).reshape(1, 1, 1, 8, 8),
+            parameters=torch.tensor([[[3, 5]]]),
+            num_views=1,
+            num_inference_steps=2,
+        ),
+    ],
+    "ObservationMLP": [
+        example(
+            lambda: ObservationMLP((2, 3), (4,), parameter_size=2, hidden_size=8, signal_range=(0.0, 2.0)),
+            sample=torch.linspace(-3, 3, 36).reshape(2, 18),
+            timestep=torch.tensor([3, 500]),
+        ),
+    ],
+    "BlurForwardModel": [example(lambda: BlurForwardModel(1.0, 2), signal=IMAGE, parameters=torch.tensor([[0, 1]]))],
+    "CropForwardModel": [
+        example(lambda: CropForwardModel((2, 4), 8), signal=IMAGE, parameters=torch.tensor([[3, 1]])),
+    ],
+    "DownsampleForwardModel": [
+        example(lambda: DownsampleForwardModel(2), signal=IMAGE, parameters=torch.zeros(1, 0)),
+    ],
+    "GeneratorForwardModel": [
+        example(
+            lambda: GeneratorForwardModel(vae(), then=CropForwardModel(8, 16)),
+            signal=torch.linspace(-1, 1, 128).reshape(1, 2, 8, 8),
+            parameters=torch.tensor([[3, 1]]),
+        ),
+    ],
+    "MaskForwardModel": [
+        example(lambda: MaskForwardModel(8, keep_probability=0.3), signal=IMAGE, parameters=IMAGE.gt(0).float()),
+    ],
+    "ProjectionForwardModel": [
+        example(lambda: ProjectionForwardModel(6, extent=0.8), signal=IMAGE, parameters=torch.tensor([0.4])),
+    ],
+    "VolumeForwardModel": [
+        example(
+            lambda: VolumeForwardModel(6, num_samples=4, density_scale=2.0, output="depth"),
+            signal=IMAGE + 1,
+            parameters=torch.tensor([0.4]),
+        ),
+    ],
+    "WarpForwardModel": [
+        example(lambda: WarpForwardModel(2.0), signal=torch.linspace(-1, 1, 18).reshape(1, 2, 3, 3), parameters=IMAGE),
     ],
     "SDATTAPipeline": [
         example(
@@ -463,7 +555,9 @@ def loadable_classes():
     """Returns the public classes that a repo can name."""
     values = {name: getattr(diffusers_ext, name) for name in diffusers_ext._MODULES}
     bases = (DiffusionPipeline, ModelMixin, SchedulerMixin)
-    return {n: v for n, v in values.items() if isinstance(v, type) and issubclass(v, bases)}
+    found = {n: v for n, v in values.items() if isinstance(v, type) and issubclass(v, bases)}
+    del found["ForwardModel"]  # a base, which has no forward of its own
+    return found
 
 
 def shelves():

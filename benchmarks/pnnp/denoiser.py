@@ -1,6 +1,6 @@
 """Raw denoisers trained with learned and with Gaussian noise: three seeds, two laws.
 
-    python -m benchmarks.pnnp.denoiser     # a quarter of an hour on one core
+    python -m benchmarks.pnnp.denoiser     # twenty minutes on one core
 
 As a user goes: dark frames of a simulated camera are taken apart and its noise is learned (the mild law's as in
 benchmarks.pnnp.proxy), then small denoisers are trained on parts of two photographs and tried on others that the true
@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from benchmarks.harness import RESULTS, figure, spread, write_result
-from benchmarks.pnnp.photos import BLACK, SIZE, WHITE, photographs, write_clean
+from benchmarks.pnnp.photos import BLACK, SIZE, WHITE, photographs, psnr, write_clean
 from benchmarks.pnnp.proxy import trained
 from diffusers_ext import (
     CameraTruth,
@@ -34,12 +34,13 @@ from diffusers_ext import (
 )
 
 ISO = 1600
-# Law -> ratio, loss, steps and the decay of the average, and what trains the networks.
+# Law -> ratio, loss, steps and the decay of the average.
 LAWS = {
-    "mild": ((50, 100), "l1", 350, 0.9, ("proxy", "gaussian")),
-    "heavy": ((200, 300), "l2", 700, 0.98, ("proxy", "gaussian")),
+    "mild": ((50, 100), "l1", 350, 0.9),
+    "heavy": ((200, 300), "l2", 700, 0.98),
 }
-ROWS = {"input": "noisy", "proxy": "learned noise", "gaussian": "Gaussian noise",
+KINDS = ("proxy", "gaussian", "true")
+ROWS = {"input": "noisy", "proxy": "learned noise", "gaussian": "Gaussian noise", "true": "the true noise of pixels",
         "unshaded": "learned noise, dark shading left in"}  # fmt: skip
 # Written before the run.
 GOALS = {
@@ -52,6 +53,7 @@ GOALS = {
 }
 SAYS = {
     r"(mild|heavy)_gaussian_over_proxy": "Law \\1: Gaussian noise in training leads learned noise by {:.2f} dB.",
+    r"(mild|heavy)_true_over_gaussian": "Law \\1: true noise of pixels leads Gaussian noise by {:.2f} dB.",
     r"(mild|heavy)_proxy_over_input": "Law \\1: it gains {:.2f} dB over the noisy images.",
     r"(mild|heavy)_shading": "Law \\1: to take dark shading off gains {:.2f} dB.",
 }
@@ -65,10 +67,29 @@ def learned(law, seed, folder):
     return place / "noise"
 
 
+class TrueNoise(PNNPRecipe):
+    """Draws the noise of pixels from the camera's own law; rows, columns and offset are still the measured ones."""
+
+    def __init__(self, config, truth):
+        super().__init__(config)
+        self.truth = truth
+
+    def noise(self):
+        synthesizer, dark = super().noise()
+        synthesizer.proxy = self
+        return synthesizer, dark
+
+    def sample(self, shape, iso, generator):
+        rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
+        planes = [self.truth.pixel_noise(tuple(shape[1:]), one, rng) for one in iso.tolist()]
+        return torch.from_numpy(np.stack(planes)).float()
+
+
 def denoiser(law, kind, seed, folder):
     """Trains, or goes on training, and returns the pipeline."""
-    ratio, loss, steps, decay, _ = LAWS[law]
+    ratio, loss, steps, decay = LAWS[law]
     noise, output = learned(law, seed, folder), folder / f"{law}-{seed}" / kind
+    truth = CameraTruth(*SIZE, law=law, seed=seed)
     if not (output / "model_index.json").is_file():
         (folder / "unet.json").write_text(json.dumps({"base_channels": 8}))
         config = PNNPConfig(
@@ -78,15 +99,10 @@ def denoiser(law, kind, seed, folder):
             learning_rate=1e-3, ema_decay=decay, seed=seed, augment_noise=False, num_validation_images=0,
             logging_steps=50, checkpointing_steps=250, checkpoints_total_limit=1, resume_from_checkpoint="latest",
         )  # fmt: skip
-        Trainer(config, PNNPRecipe(config)).train()
+        Trainer(config, TrueNoise(config, truth) if kind == "true" else PNNPRecipe(config)).train()
     pipeline = RawDenoisePipeline.from_pretrained(output)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def psnr(found, clean):
-    """Of linear raw images in [0, 1]."""
-    return float(-10 * np.log10(((found.clip(0, 1) - clean) ** 2).mean()))
 
 
 def run(law, seed, folder):
@@ -104,7 +120,7 @@ def run(law, seed, folder):
         )
 
     found = {}
-    for kind in LAWS[law][4]:
+    for kind in KINDS:
         pipeline = denoiser(law, kind, seed, folder)
         found[kind] = mean(lambda raw, ratio, p=pipeline: p(raw, ISO, ratio).images[0])
         if kind == "proxy":
@@ -171,6 +187,7 @@ def main():
     for law, seeds in results.items():
         differences = {
             f"{law}_gaussian_over_proxy": ("gaussian", "proxy"),
+            f"{law}_true_over_gaussian": ("true", "gaussian"),
             f"{law}_proxy_over_input": ("proxy", "input"),
             f"{law}_shading": ("proxy", "unshaded"),
         }

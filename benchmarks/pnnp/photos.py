@@ -34,3 +34,8 @@ def write_clean(folder):
     for i, raw in enumerate(photographs()[0]):
         if not (folder / f"{i}.npy").is_file():
             np.save(folder / f"{i}.npy", np.round(BLACK + raw * (WHITE - BLACK)).astype(np.uint16))
+
+
+def psnr(found, clean):
+    """Of linear raw images in [0, 1], in dB."""
+    return float(-10 * np.log10(((found.clip(0, 1) - clean) ** 2).mean()))

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from benchmarks.harness import RESULTS
-from benchmarks.pnnp.photos import BLACK, SIZE, WHITE, mosaic, write_clean
+from benchmarks.pnnp.photos import BLACK, SIZE, WHITE, mosaic, psnr, write_clean
 from benchmarks.pnnp.proxy import trained
 from benchmarks.small_models import train
 from diffusers_ext import (
@@ -80,9 +80,6 @@ def main():
     noisy = ((raw.astype(float) - BLACK) * RATIO) / (WHITE - BLACK)
     denoised = (pipeline(raw, ISO, RATIO).images[0] - BLACK) / (WHITE - BLACK)
 
-    def psnr(found):
-        return float(-10 * np.log10(((found.clip(0, 1) - clean) ** 2).mean()))
-
     noise.dark = pipeline.dark = without_residuals(noise.dark)
     card = RepoCard(
         method="PNNP raw denoising",
@@ -99,7 +96,7 @@ def main():
             "command": "python -m benchmarks.pnnp.ship",
             **json.loads(json.dumps(config.to_dict()).replace(f"{ROOT}/", "")),
         },
-        results={"PSNR of the raw crop, noisy": psnr(noisy), "denoised": psnr(denoised)},
+        results={"PSNR of the raw crop, noisy": psnr(noisy, clean), "denoised": psnr(denoised, clean)},
         pipeline_tag="image-to-image",
     )
     noise.register_modules(dark=noise.dark)

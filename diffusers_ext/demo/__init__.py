@@ -15,6 +15,7 @@ __all__ = ["PANELS", "run_demo"]
 
 PANELS = [
     "ambient",
+    "forward_models",
     "image_generation",
     "mmd_ddm",
     "noise2score",

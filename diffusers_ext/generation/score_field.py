@@ -85,13 +85,15 @@ class ScoreField:
         """The scheduler's noise levels by rising sigma; those of a < 0.001 are left out."""
         return self.schedule.levels
 
-    def at(self, sigma: float | torch.Tensor) -> Levels:
+    def at(self, sigma: float | torch.Tensor, beyond: bool = False) -> Levels:
         """Returns t, a and b of some sigmas; see `Schedule.at`."""
-        return self.schedule.at(sigma)
+        return self.schedule.at(sigma, beyond)
 
-    def coefficients(self, sigma: float | torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def coefficients(
+        self, sigma: float | torch.Tensor, like: torch.Tensor, beyond: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns a and b of one sigma or of `(batch,)` ones, in the dtype of a batch and broadcasting to it."""
-        level = self.at(sigma)
+        level = self.at(sigma, beyond)
         shape = (-1, *[1] * (like.ndim - 1)) if level.sigma.ndim else ()
         a, b = (value.to(like.device, _precision(like)).view(shape) for value in (level.a, level.b))
         return a, b
@@ -101,12 +103,13 @@ class ScoreField:
         a, b = self.coefficients(sigma, x0)
         return a * x0 + b * noise
 
-    def eps(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+    def eps(self, x: torch.Tensor, sigma: float | torch.Tensor, beyond: bool = False) -> torch.Tensor:
         r"""Returns the noise that the network sees.
 
         Args:
             x: `(batch, ...)` noisy samples, \(a x_0 + b\,\epsilon\).
             sigma: one level or `(batch,)` of them, within `levels`.
+            beyond: take other levels too, at which the network is given the timestep of the nearest.
 
         Returns:
             As x, in float32, or in float64 if x is; with gradient where x asks for it.
@@ -117,10 +120,10 @@ class ScoreField:
         if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim == 0:
             found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
             raise ValueError(f"`x` must be floats of the shape (batch, ...), got {found}.")
-        level = self.at(sigma)
+        level = self.at(sigma, beyond)
         if level.sigma.numel() != 1 and tuple(level.sigma.shape) != (len(x),):
             raise ValueError(f"`sigma` must be one level or {len(x)}, got the shape {tuple(level.sigma.shape)}.")
-        a, b = self.coefficients(sigma, x)
+        a, b = self.coefficients(sigma, x, beyond)
         t = level.t.to(x.device, _precision(x)).expand(len(x))
         return self.schedule.eps(self._output(x, t), x.to(a.dtype), a, b)
 

@@ -90,10 +90,14 @@ class Schedule:
         """The scheduler's own levels by rising sigma, without those of a < 0.001."""
         return self.at(torch.from_numpy(self._sigma))
 
-    def at(self, sigma: float | torch.Tensor) -> Levels:
+    def at(self, sigma: float | torch.Tensor, beyond: bool = False) -> Levels:
         """Returns the levels of some sigmas.
 
         Between timesteps ln sigma is taken as linear in t, on flow schedules t as proportional to sigma / (1 + sigma).
+
+        Args:
+            sigma: levels of any shape.
+            beyond: take levels outside the scheduler's too; their t is that of the nearest.
 
         Raises:
             ValueError: a sigma is outside the scheduler's levels.
@@ -101,13 +105,13 @@ class Schedule:
         sigma = as_levels(sigma, "sigma")
         low, high = float(self._sigma[0]), float(self._sigma[-1])
         outside = sigma[~((sigma >= low * (1 - 1e-6)) & (sigma <= high * (1 + 1e-6)))]
-        if outside.numel():
+        if outside.numel() and not beyond:
             raise ValueError(
                 f"`sigma` must be within the scheduler's levels, {low:.4g} to {high:.4g}, got {float(outside[0]):.4g}."
             )
         if self.kind == "flow":
             a = 1 / (1 + sigma)
-            t = self.length * sigma * a
+            t = (self.length * sigma * a).clamp(float(self._t[0]), float(self._t[-1]))
         else:
             a = (sigma.square() + self.sigma_data**2).rsqrt()
             t = torch.as_tensor(np.interp(sigma.log().numpy(), np.log(self._sigma), self._t))

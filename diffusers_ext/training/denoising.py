@@ -5,6 +5,7 @@ Methods that change one part of this inherit it and override that part.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -35,6 +36,14 @@ from .timesteps import LogitNormalTimesteps, LogNormalLevels, Timesteps, Uniform
 
 __all__ = ["DenoisingConfig", "DenoisingRecipe"]
 
+FRAMEWORKS = {  # as a card says it
+    "ddpm": "",
+    "ncsn": " at NCSN's geometric levels",
+    "vp": " at the times of a VP process",
+    "ve": " at the times of a VE process",
+    "subvp": " at the times of a sub-VP process",
+}
+
 
 @dataclass
 class DenoisingConfig(NoiseConfig):
@@ -64,6 +73,13 @@ class DenoisingConfig(NoiseConfig):
     beta_start: float = described("Its first beta (Stable Diffusion: 0.00085).", 0.0001)
     beta_end: float = described("Its last beta (Stable Diffusion: 0.012).", 0.02)
     rescale_betas_zero_snr: bool = described("Rescale the schedule to end in pure noise; needs v_prediction.", False)
+    framework: Literal["ddpm", "ncsn", "vp", "ve", "subvp"] = described(
+        "Noise levels that are learned, with epsilon, sample or v_prediction: the schedule's timesteps (ddpm), NCSN's "
+        "geometric levels, or the times of a VP, VE or sub-VP process; the network is told fractions of a timestep.",
+        "ddpm",
+    )
+    sigma_min: float | None = described("ncsn, ve: smallest level; by default 0.01, or the schedule's if larger.")
+    sigma_max: float | None = described("ncsn, ve: largest level; by default the schedule's.")
     timestep_sampling: Literal["uniform", "logit_normal"] = described("Noise levels of flow matching.", "uniform")
     sigma_data: float = described("edm from scratch: standard deviation of the data.", 0.5)
     p_mean: float = described("edm: mean of the logarithm of the noise levels.", -1.2)
@@ -92,6 +108,7 @@ class DenoisingConfig(NoiseConfig):
             require(
                 self.prediction_type in ("v_prediction", "sample"), "prediction_type", self.prediction_type, accepted
             )
+        self._check_framework()
         for name in ("sigma_data", "p_std"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a number > 0")
         if self.prediction_type in ("flow", "edm") and self.snr_gamma is not None:
@@ -104,6 +121,18 @@ class DenoisingConfig(NoiseConfig):
                 "`timestep_sampling` must be 'uniform' unless `prediction_type` is 'flow', got "
                 f"{self.timestep_sampling!r} and {self.prediction_type!r}."
             )
+
+    def _check_framework(self) -> None:
+        framework, kinds = self.framework, (None, "epsilon", "sample", "v_prediction")
+        if framework != "ddpm":
+            accepted = f"'epsilon', 'sample' or 'v_prediction' with `framework={framework!r}`"
+            require(self.prediction_type in kinds, "prediction_type", self.prediction_type, accepted)
+            accepted = f"False with `framework={framework!r}`: its levels are finite"
+            require(not self.rescale_betas_zero_snr, "rescale_betas_zero_snr", True, accepted)
+        for name in ("sigma_min", "sigma_max"):
+            value = getattr(self, name)
+            accepted = "left out unless `framework` is 'ncsn' or 've', and then a number > 0"
+            require(value is None or (framework in ("ncsn", "ve") and value > 0), name, value, accepted)
 
 
 ConfigT = TypeVar("ConfigT", bound=DenoisingConfig)
@@ -162,14 +191,31 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
             weighting = "none" if config.snr_gamma is None else "min_snr"
             self.objective = EpsX0V(scheduler, weighting, config.snr_gamma or 5.0)
             self.timesteps = UniformTimesteps(length)
+            if config.framework != "ddpm":
+                self.timesteps = self._framework_timesteps(scheduler, unet)
         if config.num_validation_images:
             check_inference_steps(scheduler, "validation_inference_steps", config.validation_inference_steps)
         return Modules(unet, scheduler, {} if vae is None else {"vae": vae})
+
+    def _framework_timesteps(self, scheduler: Any, unet: Any) -> Timesteps:
+        kind = importlib.import_module("diffusers_ext").FrameworkTimesteps
+        size = unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        config = self.config
+        return kind(
+            config.framework,
+            scheduler.alphas_cumprod,
+            dimension=unet.config.in_channels * height * width,
+            sigma_min=config.sigma_min,
+            sigma_max=config.sigma_max,
+        )
 
     def _pretrained(self, name: str) -> tuple[Any, Any, Any]:
         denoiser = load_denoiser(name, edm=True)
         unet, scheduler = denoiser.unet, denoiser.scheduler
         flow, edm = isinstance(scheduler, FlowMatchEulerDiscreteScheduler), isinstance(scheduler, EDM_KINDS)
+        accepted = f"'ddpm' for {name!r}, which has no schedule of betas"
+        require(self.config.framework == "ddpm" or not (flow or edm), "framework", self.config.framework, accepted)
         found = "flow" if flow else "edm" if edm else scheduler.config.prediction_type
         asked, rescaled = self.config.prediction_type, self.config.rescale_betas_zero_snr
         if not rescaled:  # which is another objective on purpose
@@ -322,7 +368,7 @@ class DenoisingRecipe(Recipe[ConfigT], Generic[ConfigT]):
         return RepoCard(
             method="Image flow matching" if isinstance(objective, FlowMatching) else "Image diffusion",
             description=f"Generates images of {config.resolution}x{config.resolution} pixels. Its UNet predicts "
-            f"{kind} and was trained with {config.noise} noise.",
+            f"{kind} and was trained with {config.noise} noise{FRAMEWORKS[config.framework]}.",
             data=self.data.description,
             tags=["diffusers-ext", "unconditional-image-generation"],
             base_model=config.pretrained_model_name_or_path,

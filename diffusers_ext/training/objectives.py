@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.training_utils import compute_snr
 
+from diffusers_ext.generation.score_levels import sigma_of_timestep
+
 __all__ = ["EDM", "EpsX0V", "FlowMatching", "Objective", "snr_weights"]
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
@@ -104,7 +106,7 @@ class Objective:
 
 
 class EpsX0V(Objective):
-    """Noise, clean sample or v on a discrete variance-preserving schedule.
+    """Noise, clean sample or v on a discrete variance-preserving schedule; timesteps are ints, or fractions between.
 
     Args:
         scheduler: any Diffusers scheduler with `alphas_cumprod` and `add_noise`.
@@ -126,23 +128,35 @@ class EpsX0V(Objective):
         self.weighting: Weighting = weighting
 
     def make(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Objective.make`; `t` holds int timesteps `0..T-1`."""
-        noisy = self.scheduler.add_noise(x0, noise, t)
-        if self.prediction_type == "epsilon":
-            return noisy, noise
-        return noisy, x0 if self.prediction_type == "sample" else self.scheduler.get_velocity(x0, noise, t)
+        """See `Objective.make`; `t` holds timesteps in `0..T-1`."""
+        if t.is_floating_point():
+            a, b = ((value**0.5).to(x0.dtype).view(-1, *[1] * (x0.ndim - 1)) for value in self._squares(t))
+            noisy, velocity = a * x0 + b * noise, a * noise - b * x0
+        else:
+            noisy = self.scheduler.add_noise(x0, noise, t)
+            velocity = self.scheduler.get_velocity(x0, noise, t) if self.prediction_type == "v_prediction" else None
+        return noisy, {"epsilon": noise, "sample": x0, "v_prediction": velocity}[self.prediction_type]
+
+    def _squares(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the variances of signal and noise at fractional timesteps, `(batch,)` float64."""
+        squared = sigma_of_timestep(self.scheduler.alphas_cumprod, t).square().to(t.device)
+        return 1 / (1 + squared), squared / (1 + squared)
 
     def predicted_sample(self, prediction: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """See `Objective.predicted_sample`; from v, (x_t sqrt(alpha) - v sqrt(1 - alpha))."""
         if self.prediction_type == "sample":
             return prediction.float()
-        alpha = self.scheduler.alphas_cumprod.to(noisy.device)[t].float().view(-1, *[1] * (noisy.ndim - 1))
+        alphas = self._squares(t)[0] if t.is_floating_point() else self.scheduler.alphas_cumprod.to(noisy.device)[t]
+        alpha = alphas.float().view(-1, *[1] * (noisy.ndim - 1))
         if self.prediction_type == "epsilon":
             return (noisy.float() - (1 - alpha).sqrt() * prediction.float()) / alpha.sqrt()
         return alpha.sqrt() * noisy.float() - (1 - alpha).sqrt() * prediction.float()
 
     def snr(self, t: torch.Tensor) -> torch.Tensor:
         """See `Objective.snr`."""
+        if t.is_floating_point():
+            signal, noise = self._squares(t)
+            return (signal / noise).float()
         return compute_snr(self.scheduler, t)
 
     def weights(self, t: torch.Tensor) -> torch.Tensor | None:

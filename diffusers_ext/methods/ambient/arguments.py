@@ -142,6 +142,7 @@ class AmbientConfig(AmbientArguments, ExactImageArguments, DenoisingConfig):
             self.check_latents()
         weight = self.conservativity_weight
         require(weight == 0, "conservativity_weight", weight, "0, which is all that ambient diffusion takes")
+        require(self.framework == "ddpm", "framework", self.framework, "'ddpm', which is all that it takes")
 
     def image_options(self) -> dict[str, Any]:
         """See `ImageConfig.image_options`; what moves images about comes after their noise."""

@@ -318,14 +318,14 @@ class _Gauged(ScoreField):
     def select(self, rows: torch.Tensor) -> ScoreField:
         return _Gauged(self.field.select(rows), self.Q, self.beta)
 
-    def eps(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        seen = self.field.eps(x, sigma)
+    def eps(self, x: torch.Tensor, sigma: float | torch.Tensor, beyond: bool = False) -> torch.Tensor:
+        seen = self.field.eps(x, sigma, beyond)
         if len(self.Q) != x[0].numel():
             raise ValueError(f"`x` must have {len(self.Q)} values an image, as `Q` is for, got {x[0].numel()}.")
         Q = self.Q.to(seen)  # noqa: N806
         if not callable(self.beta):
             return seen + self.beta * (seen.flatten(1) @ Q.T).view_as(seen)
-        a, b = self.field.coefficients(sigma, x)
+        a, b = self.field.coefficients(sigma, x, beyond)
         levels = torch.as_tensor(sigma, dtype=seen.dtype, device=x.device).expand(len(x))
         graph = x.requires_grad and torch.is_grad_enabled()
         with torch.enable_grad():

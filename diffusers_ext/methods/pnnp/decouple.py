@@ -25,7 +25,7 @@ __all__ = ["decouple_dark_frames"]
 
 BAD = 6  # times the median deviation
 CHANCE = 1e-7  # of a normal pixel to be called bad, where few frames make deviations uncertain
-ROWS = 256  # at a time, so that copies stay small
+ROWS = 64  # at a time, so that copies stay in the cache
 
 
 @dataclass
@@ -56,9 +56,8 @@ class _Sums:
         self.iso, self.shape, self.places, self.count = iso, first.shape, places, 0
         self.rounded = np.issubdtype(first.dtype, np.integer) or bool((first == np.round(first)).all())
         self.shift = round(black_level) if self.rounded else black_level
-        kind = np.int64 if self.rounded else np.float64
-        self.kind, self.total = kind, np.zeros(first.shape, np.int32 if self.rounded else np.float64)
-        self.squares = np.zeros(first.shape, kind)
+        self.total = np.zeros(first.shape, np.int32 if self.rounded else np.float64)
+        self.squares = np.zeros(first.shape, np.int64 if self.rounded else np.float64)
         self.rows: list[np.ndarray] = []
         self.columns: list[np.ndarray] = []
         self.values: list[np.ndarray] = []
@@ -70,12 +69,18 @@ class _Sums:
             part = frame[top : top + ROWS]
             if np.issubdtype(part.dtype, np.floating) and not np.isfinite(part).all():
                 raise ValueError(f"`frames` must be finite, got NaN or infinity at ISO {self.iso:g}.")
-            part = part.astype(self.kind) - self.shift
-            self.total[top : top + ROWS] += part.astype(self.total.dtype)
-            rows.append(part.mean(axis=1))
-            columns += part.sum(axis=0)
-            part *= part
-            self.squares[top : top + ROWS] += part
+            if part.dtype in (np.uint8, np.uint16) and 0 <= self.shift < 2**16:
+                part = part.astype(np.int32)  # four times as fast as 64 bits; the squares fit into 32 without a sign
+                part -= self.shift
+                square = np.abs(part).view(np.uint32)
+            else:
+                part = part.astype(self.squares.dtype) - self.shift
+                square = part.copy()
+            self.total[top : top + ROWS] += part.astype(self.total.dtype, copy=False)
+            rows.append(part.sum(axis=1, dtype=self.squares.dtype) / self.shape[1])
+            columns += part.sum(axis=0, dtype=part.dtype)
+            square *= square
+            self.squares[top : top + ROWS] += square
         self.rows.append(np.concatenate(rows))
         self.columns.append(columns / self.shape[0])
         self.values.append(frame.ravel()[self.places].astype(np.float32) - np.float32(self.shift))

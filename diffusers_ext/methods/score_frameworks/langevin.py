@@ -36,7 +36,10 @@ def _ratio(dimension: int, overlap: float) -> float:
     high = 2.0
     while missing(high) > 0 and high < 1e6:  # in few dimensions any two levels overlap
         high *= 2
-    return brentq(missing, 1.0, high, xtol=1e-14) if missing(1.0) > 0 > missing(high) else math.nan
+    if not missing(1.0) > 0 > missing(high):
+        return math.nan
+    found: Any = brentq(missing, 1.0, high, xtol=1e-14)
+    return found
 
 
 def geometric_sigmas(

@@ -119,9 +119,7 @@ class AnomalyDetectionPipeline(DenoiserPipeline):
             return None
         if threshold != "calibrated":
             if isinstance(threshold, str) or not (threshold >= 0 and math.isfinite(threshold)):
-                raise ValueError(
-                    f"`threshold` must be a number >= 0, 'calibrated' or left out, got {threshold!r}."
-                )
+                raise ValueError(f"`threshold` must be a number >= 0, 'calibrated' or left out, got {threshold!r}.")
             return float(threshold)
         found: Any = self.config["calibration"]
         if found is None:

@@ -137,13 +137,14 @@ class FrameworkScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             sample: `(batch, ...)`.
-            timestep: the present one of `timesteps`.
-
-        Raises:
-            ValueError: `set_timesteps` was not called.
+            timestep: the present one of `timesteps`; before `set_timesteps` any of the network's.
         """
-        move = self._next(timestep)
-        return sample * self._input_scale(move)
+        return sample * self._input_scale(self._next(timestep) if self._moves else self._level(timestep))
+
+    def _level(self, timestep: float | torch.Tensor) -> Move:
+        """Returns the level of one of the network's timesteps."""
+        sigma = sigma_of_timestep(self.alphas_cumprod, float(timestep))
+        return Move(float(sigma), float(self._a(sigma)))
 
     @staticmethod
     def _input_scale(move: Move) -> float:

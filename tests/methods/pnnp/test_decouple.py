@@ -35,6 +35,15 @@ def test_offset_rows_columns_and_pixels(model):
         assert abs(model.residuals[i].mean().item()) < 0.01
 
 
+@pytest.mark.parametrize("black_level", [0, 512, 65535])
+def test_sixteen_bits_are_summed_like_sixty_four(black_level):
+    rng = np.random.default_rng(0)
+    frames = {iso: [rng.integers(0, 65536, (96, 80), dtype=np.uint16) for _ in range(3)] for iso in (400, 800)}
+    wide = {iso: [frame.astype(np.int64) for frame in those] for iso, those in frames.items()}
+    one, other = (decouple_dark_frames(f, black_level=black_level).state_dict() for f in (frames, wide))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_bad_pixels_are_found_and_left_out(model):
     assert np.array_equal(model.bad_pixels.numpy(), TRUTH.bad())
     assert 10 < model.bad_pixels.sum() < 50

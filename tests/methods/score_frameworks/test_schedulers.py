@@ -8,9 +8,11 @@ from diffusers import (
     DDPMScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
     UNet2DModel,
 )
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 
 from diffusers_ext import (
     AnnealedLangevinScheduler,
@@ -19,7 +21,9 @@ from diffusers_ext import (
     geometric_sigmas,
     ncsn_as_denoiser,
     sigma_of_timestep,
+    timestep_of_sigma,
 )
+from tests.methods.oms.tiny import stable_diffusion
 from tests.methods.score_frameworks.gaussian import GaussianNetwork, final_variances, run
 
 
@@ -126,14 +130,17 @@ def test_one_network_sees_the_same_in_every_framework():
     made.append(AnnealedLangevinScheduler(sigma_max=20.0))
     for scheduler in made:
         scheduler.set_timesteps(40)
+        network = GaussianNetwork(scheduler.alphas_cumprod)
         for move, t in zip(scheduler._moves, scheduler.timesteps, strict=True):
             x = move.a * y
-            output = GaussianNetwork(scheduler.alphas_cumprod)(scheduler.scale_model_input(x, t), t)
+            exact = timestep_of_sigma(scheduler.alphas_cumprod, move.sigma)  # what is rounded in `timesteps`
+            assert exact.item() == pytest.approx(t.item(), rel=1e-6)
+            output = network(scheduler.scale_model_input(x, t), exact)
             found = scheduler.step(output, t, x, generator=seeded()).pred_original_sample
             if 0.02 < move.sigma < 150:  # levels that the network knows
                 clean.append((found - y * 0.25 / (0.25 + move.sigma**2)).abs().max())
     assert len(clean) > 150
-    assert max(clean) < 2e-6  # timesteps are given in single precision
+    assert max(clean) < 1e-10
 
 
 def test_ddpm_is_euler_ancestral_in_other_units():
@@ -263,6 +270,9 @@ def test_steps_are_reproducible_and_a_batch_is_its_samples(scheduler):
 
 def test_steps_as_tuples_and_in_half_precision(scheduler):
     x = torch.randn(2, 3, 4, 4, generator=seeded())
+    level = sigma_of_timestep(scheduler.alphas_cumprod, 7)
+    a = scheduler._a(level)
+    torch.testing.assert_close(scheduler.scale_model_input(x, 7), x / float(a * (1 + level**2).sqrt()))
     found = []
     for given, as_dict in ((x, True), (x, False), (x.half(), True)):
         scheduler.set_timesteps(6)
@@ -352,6 +362,25 @@ def test_images_of_the_stock_pipeline_loop(scheduler):
     with torch.no_grad():
         *_, by_hand = run(scheduler, lambda x, t: unet(x, t).sample, x, source)
     torch.testing.assert_close(by_hand, alone, atol=2e-4, rtol=1e-4)
+
+
+def test_text_pipelines_by_exchanging_the_scheduler(scheduler):
+    """Stable Diffusion's own loops, from noise and from an image; the latter begins in between and counts calls."""
+    pipe = stable_diffusion()
+    pipe.scheduler = type(scheduler).from_config({**pipe.scheduler.config, **scheduler.config})
+    drawn = pipe("ab", num_inference_steps=2, guidance_scale=2.0, output_type="np", generator=seeded()).images
+    assert np.isfinite(drawn).all()
+    from_image = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    from_image.set_progress_bar_config(disable=True)
+    seen = []
+    found = from_image(
+        "ab", Image.new("RGB", (16, 16)), strength=0.5, num_inference_steps=4, guidance_scale=1.0, output_type="np",
+        generator=seeded(), callback_on_step_end=lambda p, i, t, kw: seen.append(float(t)) or kw,
+    )  # fmt: skip
+    assert np.isfinite(found.images).all()
+    made = from_image.scheduler
+    assert seen == made.timesteps[2 * made.order :].tolist()
+    assert made.step_index is None
 
 
 @pytest.mark.parametrize(

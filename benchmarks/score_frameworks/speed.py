@@ -1,0 +1,114 @@
+"""What schedulers and pipelines cost beside the network's calls.
+
+    python -m benchmarks.score_frameworks.speed     # two minutes on a core
+
+Ratios of two things that are measured in turn, in seconds of the processor, of which other work on the machine takes
+little; the network is the shipped one of digits, 0.28 M weights at 28x28.
+"""
+
+import statistics
+import time
+
+import torch
+from diffusers import DiffusionPipeline
+
+from benchmarks.harness import figure, write_result
+from diffusers_ext import AnnealedLangevinScheduler, ScoreSDEScheduler, asset_path, solve_probability_flow
+
+BATCH, STEPS, REPEATS = 16, 5, 7
+
+# Written before the run.
+GOALS = {"scheduler": "<= 1.02", "batch_over_single": "<= 1"}
+
+SAYS = {
+    "scheduler_vp": "Sampling a VP process with corrector takes {:.3f} times the time of its network calls.",
+    "scheduler_ve": "A VE process with ancestral steps takes {:.3f} times.",
+    "scheduler_subvp": "A sub-VP process with Euler-Maruyama's takes {:.3f} times.",
+    "scheduler_langevin": "Annealed Langevin dynamics takes {:.3f} times.",
+    "batch_over_single": "An image in a batch of 16 takes {:.2f} times as long as alone.",
+    "flow_batch_over_single": (
+        "With adaptive steps, each image its own, it takes {:.2f} times: images that are done leave the batch."
+    ),
+}
+
+SCHEDULERS = {
+    "vp": (ScoreSDEScheduler, {}),
+    "ve": (ScoreSDEScheduler, {"sde": "ve", "predictor": "ancestral", "corrector_steps": 0}),
+    "subvp": (ScoreSDEScheduler, {"sde": "subvp", "predictor": "euler_maruyama", "corrector_steps": 0}),
+    "langevin": (AnnealedLangevinScheduler, {}),
+}
+
+
+def ratio(first, second, repeats=REPEATS):
+    """Returns the median over repeats of how many times the second's processor time the first takes, in turn."""
+    first(), second()
+    found = []
+    for _ in range(repeats):
+        spent = []
+        for function in (first, second):
+            start = time.process_time()
+            function()
+            spent.append(time.process_time() - start)
+        found.append(spent[0] / spent[1])
+    return statistics.median(found)
+
+
+def schedulers(pipe):
+    """Returns how much longer a loop is with a scheduler than its network calls alone."""
+    unet, figures = pipe.unet, {}
+    x = torch.randn(BATCH, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    for name, (kind, settings) in SCHEDULERS.items():
+        scheduler = kind.from_config(pipe.scheduler.config, **settings)
+
+        def sample(scheduler=scheduler):
+            scheduler.set_timesteps(STEPS)
+            y, generator = x * scheduler.init_noise_sigma, torch.Generator().manual_seed(0)
+            for t in scheduler.timesteps:
+                output = unet(scheduler.scale_model_input(y, t), t, return_dict=False)[0]
+                y = scheduler.step(output, t, y, generator=generator, return_dict=False)[0]
+
+        def calls(scheduler=scheduler):
+            for t in scheduler.timesteps:
+                unet(x, t, return_dict=False)
+
+        figures[f"scheduler_{name}"] = figure(ratio(sample, calls), "ratio", GOALS["scheduler"])
+    return figures
+
+
+def batches(pipe):
+    """Returns what an image takes in a batch over what it takes alone, with fixed and with adaptive steps."""
+    scheduler = ScoreSDEScheduler.from_config(pipe.scheduler.config, **SCHEDULERS["ve"][1])
+    pipe.scheduler = scheduler
+
+    def drawn(count):
+        for start in range(0, BATCH, count):
+            generators = [torch.Generator().manual_seed(i) for i in range(start, start + count)]
+            pipe(count, num_inference_steps=STEPS, generator=generators, output_type="latent")
+
+    noise = torch.randn(BATCH, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * scheduler.init_noise_sigma
+
+    def solved(count):
+        for part in noise.split(count):
+            solve_probability_flow(pipe.unet, scheduler, part, rtol=0.1, atol=0.1)
+
+    fixed = ratio(lambda: drawn(BATCH), lambda: drawn(1), 3)
+    adaptive = ratio(lambda: solved(BATCH), lambda: solved(1), 3)
+    return {
+        "batch_over_single": figure(fixed, "ratio", GOALS["batch_over_single"]),
+        "flow_batch_over_single": figure(adaptive, "ratio"),
+    }
+
+
+def main():
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    pipe = DiffusionPipeline.from_pretrained(asset_path("digits-epsilon"))
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        figures = {**schedulers(pipe), **batches(pipe)}
+    command = "python -m benchmarks.score_frameworks.speed"
+    write_result("score_frameworks/speed", command, figures, [0], time.perf_counter() - start, says=SAYS)
+
+
+if __name__ == "__main__":
+    main()
