@@ -78,14 +78,14 @@ class LinearOperator:
         if not bool(torch.isfinite(measurement).all()):
             raise ValueError("`measurement` must be finite, got NaN or infinity.")
         try:
-            shape = tuple(self.adjoint(measurement).shape)
-            noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(measurement.device)
+            image = self.adjoint(measurement)
+            noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)).to(image)
             expected = self.forward(noise)
         except (RuntimeError, TypeError) as error:
             raise ValueError(
                 f"`measurement` must be what `operator` makes of images, got {_kind(measurement)}: {error}"
             ) from error
-        if len(shape) != 4 or expected.shape != measurement.shape or expected.is_complex() != measurement.is_complex():
+        if image.ndim != 4 or expected.shape != measurement.shape or expected.is_complex() != measurement.is_complex():
             raise ValueError(
                 f"`measurement` must be {_kind(expected)}, as `operator` makes it, got {_kind(measurement)}."
             )
@@ -95,7 +95,7 @@ class LinearOperator:
                 "`operator` must have an adjoint with <A x, A x> = <x, A^T A x>, got one with "
                 f"{float(there):.5g} and {float(back):.5g}."
             )
-        return shape
+        return tuple(image.shape)
 
     def solver(self, measurement: torch.Tensor, noise_std: float) -> Solver:
         """Returns the correction that a measurement asks of estimates.

@@ -32,7 +32,7 @@ class Estimator:
     """
 
     def __init__(self, unet: Any, scheduler: Any) -> None:
-        if getattr(unet, "class_embedding", None) is not None or hasattr(unet.config, "cross_attention_dim"):
+        if getattr(unet, "class_embedding", None) is not None or "cross_attention_dim" in unet.config:
             raise ValueError("`unet` must be unconditional, got one with classes or text.")
         self.field = ScoreField(unet, scheduler)
         clips = scheduler.config.get("clip_sample", False) and self.field.schedule.kind == "vp"
