@@ -151,7 +151,7 @@ def main():
         figures,
         SEEDS,
         sum(s["seconds"] for s in seeds),
-        {"of": "23 slices of patient 2", "rows": {"psnr": "PSNR in dB", "ssim": "SSIM"}, "columns": METHODS},
+        {"of": "23 slices of patient 2", "rows": METHODS, "columns": {"psnr": "PSNR in dB", "ssim": "SSIM"}},
         says=SAYS,
     )
 

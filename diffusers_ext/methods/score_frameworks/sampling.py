@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -69,8 +70,9 @@ def partial_levels(field: ScoreField, strength: float, steps: int) -> list[float
         raise ValueError(
             f"`num_inference_steps` must be at most {first + 1}, the timesteps of `strength` {strength:g}, got {steps}."
         )
-    grid = torch.linspace(first, 0, steps + 1, dtype=torch.float64)[:-1].round().long()
-    return [*sigmas[grid].tolist(), 0.0]
+    # All of the timesteps end at the first; fewer keep the distance of a step to it.
+    grid = np.linspace(first, 0, steps + 1)[:-1] if steps <= first else np.arange(first, -1, -1)
+    return [*sigmas[np.round(grid).astype(int)].tolist(), 0.0]
 
 
 def scheduler_levels(field: ScoreField, scheduler: Any, steps: int, device: Any) -> tuple[torch.Tensor, list[float]]:
