@@ -71,7 +71,9 @@ def digits_of(seed):
     pipeline = AnomalyDetectionPipeline.from_pretrained(asset_path("digits-epsilon"))
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    output = pipeline(images, strength=0.4, num_inference_steps=25, num_samples=4, generator=generator, output_type="pt")
+    output = pipeline(
+        images, strength=0.4, num_inference_steps=25, num_samples=4, generator=generator, output_type="pt"
+    )
     maps["map"] = output.anomaly_map
     return images, truth, output.reconstruction, maps
 
@@ -84,7 +86,9 @@ def tumours_of(seed):
     pipeline = AnomalyDetectionPipeline.from_pretrained(brain_model(seed))
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    output = pipeline(images, strength=0.15, num_inference_steps=15, score="bright", generator=generator, output_type="pt")
+    output = pipeline(
+        images, strength=0.15, num_inference_steps=15, score="bright", generator=generator, output_type="pt"
+    )
     return images, file["tumours"][some], {"intensity": smoothed(images, 1.0), "tumour_map": output.anomaly_map}
 
 
