@@ -2,8 +2,8 @@
 
     python -m benchmarks.score_frameworks.anomalies     # after benchmarks.score_frameworks.brain_models
 
-On each of 100 held-out digits a patch of 9x9 pixels, drawn at random with ink in it, is that of another digit. Maps are
-smoothed alike. Of tumours the training set (benchmarks.score_frameworks.brains) has none; patient 2 is unseen, of
+On each of 100 held-out digits a patch of 9x9 pixels, drawn at random with ink in it, is that of another digit. Maps
+are smoothed alike. Of tumours the training set (benchmarks.score_frameworks.brains) has none; patient 2 is unseen, of
 patient 1 other slices were seen, which favours the map.
 """
 
@@ -79,7 +79,7 @@ def digits_of(seed):
 
 
 def tumours_of(seed):
-    """Returns slices with tumours, where these are, and maps by method; it is looked where the head is."""
+    """Returns where the tumours of the slices that have some are, and maps by method."""
     file = np.load(asset_path("brains") / "brains.npz")
     some = file["tumours"].any((1, 2))
     images = torch.from_numpy(file["images"][some].astype(np.float32) / 255)[:, None]
@@ -89,7 +89,7 @@ def tumours_of(seed):
     output = pipeline(
         images, strength=0.15, num_inference_steps=15, score="bright", generator=generator, output_type="pt"
     )
-    return images, file["tumours"][some], {"intensity": smoothed(images, 1.0), "tumour_map": output.anomaly_map}
+    return file["tumours"][some], {"intensity": smoothed(images, 1.0), "tumour_map": output.anomaly_map}
 
 
 def scores(truth, maps):
@@ -104,8 +104,7 @@ def measure(seed):
     start = time.perf_counter()
     images, truth, reconstruction, maps = digits_of(seed)
     found = scores(truth, maps)
-    brains, tumours, tumour_maps = tumours_of(seed)
-    found |= scores(tumours, tumour_maps)
+    found |= scores(*tumours_of(seed))
     if seed == SEEDS[0]:
         rows = [torch.cat(list(part[:8, 0]), 1) for part in (images, reconstruction, 2 * maps["map"])]
         rows.append(torch.cat(list(torch.from_numpy(truth[:8]).float()), 1))

@@ -68,7 +68,8 @@ def partial_levels(field: ScoreField, strength: float, steps: int) -> list[float
     first = min(max(round(strength * field.schedule.length) - 1, 0), len(sigmas) - 1)
     if steps > first + 1:
         raise ValueError(
-            f"`num_inference_steps` must be at most {first + 1}, the timesteps of `strength` {strength:g}, got {steps}."
+            f"`num_inference_steps` must be at most {first + 1}, the timesteps of `strength` {strength:g}, "
+            f"got {steps}."
         )
     # All of the timesteps end at the first; fewer keep the distance of a step to it.
     grid = np.linspace(first, 0, steps + 1)[:-1] if steps <= first else np.arange(first, -1, -1)
