@@ -26,12 +26,14 @@ import diffusers_ext
 from diffusers_ext import (
     AmbientPipeline,
     AnnealedLangevinScheduler,
+    AnomalyDetectionPipeline,
     BlurForwardModel,
     CameraProfile,
     CropForwardModel,
     DarkFrameModel,
     DownsampleForwardModel,
     ForwardModelPipeline,
+    FourierSampling,
     GeneratorForwardModel,
     ImageClassifierFeatures,
     ImageGenerationPipeline,
@@ -47,6 +49,7 @@ from diffusers_ext import (
     ProjectionForwardModel,
     RawDenoisePipeline,
     RawUNet,
+    ReconstructionPipeline,
     SBVEScheduler,
     ScoreSDEScheduler,
     SDATTAPipeline,
@@ -396,6 +399,27 @@ EXAMPLES = {
     ],
     "WarpForwardModel": [
         example(lambda: WarpForwardModel(2.0), signal=torch.linspace(-1, 1, 18).reshape(1, 2, 3, 3), parameters=IMAGE),
+    ],
+    "AnomalyDetectionPipeline": [
+        example(
+            lambda: AnomalyDetectionPipeline(
+                unet(), DDIMScheduler(), image_scale=0.5, calibration={"threshold": 0.1, "strength": 0.5}
+            ),
+            image=torch.linspace(0, 1, 128).reshape(2, 1, 8, 8),
+            num_inference_steps=2,
+            threshold=0.1,
+            output_type="pt",
+        ),
+    ],
+    "ReconstructionPipeline": [
+        example(
+            lambda: ReconstructionPipeline(unet(), DDIMScheduler(timestep_spacing="trailing"), image_scale=0.5),
+            measurement=torch.ones(2, 1, 8, 8, dtype=torch.complex64),
+            operator=FourierSampling(torch.ones(8)),
+            num_inference_steps=2,
+            noise_std=0.1,
+            output_type="pt",
+        ),
     ],
     "SDATTAPipeline": [
         example(

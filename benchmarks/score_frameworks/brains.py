@@ -1,8 +1,10 @@
 """Makes the small slices of real heads that the experiments train and test on.
 
     apt-get download mricron-data && dpkg-deb -x mricron-data_*.deb mricron
-    pip download --no-deps --no-binary :all: --no-build-isolation pyradiomics==3.0.1   # setuptools<70, numpy, versioneer
-    python -m benchmarks.score_frameworks.brains mricron/usr/share/mricron/templates/ch2.nii.gz pyradiomics-3.0.1.tar.gz
+    pip install "setuptools<70" numpy versioneer
+    pip download --no-deps --no-binary :all: --no-build-isolation pyradiomics==3.0.1
+    ln -s mricron/usr/share/mricron/templates/ch2.nii.gz
+    python -m benchmarks.score_frameworks.brains ch2.nii.gz pyradiomics-3.0.1.tar.gz
 
 The two patients' slices with their tumours go to assets/brains, which ships. What is trained on goes to
 runs/data/brains.npz: 4,000 images, half of the slices of Colin's head (ch2), half of those of patient 1 that show no

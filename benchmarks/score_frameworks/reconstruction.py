@@ -3,9 +3,9 @@
     python -m benchmarks.score_frameworks.reconstruction     # after benchmarks.score_frameworks.brain_models
 
 Of the 64 columns of k-space of patient 2's 23 slices (assets/brains), 17 are measured: the middle 7, and 5 pairs at
-random places with their mirrors, so that completing k-space by symmetry adds nothing. The noise is .01 in units in which
-images lie in [0, 1]. Total variation gets its best weight on these very slices, which favours it. Each seed has its own
-model, mask and noise, and is kept in runs/score_frameworks.
+random places with their mirrors, so that completing k-space by symmetry adds nothing. The noise is .01 in units in
+which images lie in [0, 1]. Total variation gets its best weight on these very slices, which favours it. Each seed has
+its own model, mask and noise, and is kept in runs/score_frameworks.
 """
 
 import argparse
@@ -151,7 +151,7 @@ def main():
         figures,
         SEEDS,
         sum(s["seconds"] for s in seeds),
-        {"of": "23 slices of patient 2", "rows": {"psnr": "PSNR in dB", "ssim": "SSIM"}, "columns": METHODS},
+        {"of": "23 slices of patient 2", "rows": METHODS, "columns": {"psnr": "PSNR in dB", "ssim": "SSIM"}},
         says=SAYS,
     )
 

@@ -41,8 +41,8 @@ def corrected(
     r"""Returns a clean estimate that agrees with a measurement.
 
     The estimate's error is taken as \(r^2 = v \sigma^2 / (v + \sigma^2)\), as of N(0, v) data. `"proximal"` adds what
-    the measurement asks; `"pigdm"` (Song et al., "Pseudoinverse-guided diffusion models", 2023) adds its gradient through the network,
-    \(b^2/a\, J^T\) of it over r^2, so that pixels that are told by their neighbours move too.
+    the measurement asks; `"pigdm"` (Song et al., "Pseudoinverse-guided diffusion models", 2023) adds its gradient
+    through the network, \(b^2/a\, J^T\) of it over r^2, so that pixels that are told by their neighbours move too.
 
     Args:
         x: `(batch, ...)` noisy samples, on the network's scale.

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -67,10 +68,12 @@ def partial_levels(field: ScoreField, strength: float, steps: int) -> list[float
     first = min(max(round(strength * field.schedule.length) - 1, 0), len(sigmas) - 1)
     if steps > first + 1:
         raise ValueError(
-            f"`num_inference_steps` must be at most {first + 1}, the timesteps of `strength` {strength:g}, got {steps}."
+            f"`num_inference_steps` must be at most {first + 1}, the timesteps of `strength` {strength:g}, "
+            f"got {steps}."
         )
-    grid = torch.linspace(first, 0, steps + 1, dtype=torch.float64)[:-1].round().long()
-    return [*sigmas[grid].tolist(), 0.0]
+    # All of the timesteps end at the first; fewer keep the distance of a step to it.
+    grid = np.linspace(first, 0, steps + 1)[:-1] if steps <= first else np.arange(first, -1, -1)
+    return [*sigmas[np.round(grid).astype(int)].tolist(), 0.0]
 
 
 def scheduler_levels(field: ScoreField, scheduler: Any, steps: int, device: Any) -> tuple[torch.Tensor, list[float]]:

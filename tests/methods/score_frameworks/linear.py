@@ -7,13 +7,20 @@ from diffusers_ext import sigma_of_timestep
 from diffusers_ext.methods.score_frameworks.sampling import ddim_step
 
 
+def exact_scheduler():
+    """The linear schedule without clipping, and without the rounding of stock float32 levels."""
+    scheduler = DDPMScheduler(clip_sample=False)
+    scheduler.alphas_cumprod = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    return scheduler
+
+
 class GaussianUNet:
     """The noise in N(0, variance) images on the linear schedule, with a configuration as pipelines want it."""
 
     config = {"in_channels": 1}  # noqa: RUF012
 
     def __init__(self, variance):
-        self.variance, self.alphas_cumprod = variance, DDPMScheduler().alphas_cumprod
+        self.variance, self.alphas_cumprod = variance, exact_scheduler().alphas_cumprod
 
     def __call__(self, x, t):
         sigma = sigma_of_timestep(self.alphas_cumprod, t).to(x).view(-1, *[1] * (x.ndim - 1))
