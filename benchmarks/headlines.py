@@ -26,7 +26,10 @@ METHODS = {
             "Learn a diffusion model of what was never observed directly, from crops, projections or pictures of it, "
             "and sample what agrees with one observation."
         ),
-        "headline": "A noisy row of 12 pixels of a digit gives digits that agree with it; none was ever seen whole.",
+        "headline": (
+            "One noisy row of 12 pixels of a digit gives digits at {experiment[energy_4_over_regression]:.2f} times "
+            "the energy distance of regression's; none was ever seen whole."
+        ),
     },
     "geometry": {
         "title": "Geometry of a trained model",

@@ -16,6 +16,8 @@ from diffusers_ext.demo import PANELS, run_demo
 PICTURES = RESULTS.parents[1] / "docs" / "pictures"
 EXPERIMENTS = {
     "domain_studio": "domain_studio/experiment",
+    "forward_models_flatland": "forward_models/experiment",
+    "forward_models_tasks": "forward_models/tasks",
     "geometry": "geometry/experiment",
     "geometry_images": "geometry/experiment_images",
     "immiscible": "immiscible/digits8_flow",
@@ -35,6 +37,7 @@ def main():
                 shutil.copy(Path(folder) / f"{name}.{ending}", PICTURES)
     for method, result in EXPERIMENTS.items():
         shutil.copy(RESULTS / f"{result}.png", PICTURES / f"{method}.png")
+    shutil.copy(RESULTS / "forward_models" / "scene.gif", PICTURES / "forward_models_scene.gif")
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ def rows_of(n):
 # -- tomography ----------------------------------------------------------------------------------------------------
 
 ANGLES, GIVEN, NOISE, FURTHER_NOISE = 12, 4, 0.5, 0.02
+HARMONICS = 6
 SCANNER = ProjectionForwardModel(num_bins=12, extent=1.1, num_angles=ANGLES)
 
 
@@ -91,7 +92,7 @@ def ct_samples(name, seed):
         RUNS / "ct" / "observations.npz", observe(known, SCANNER, turned(len(known))), turned(len(known))
     )
     pipeline = trained(
-        "ct", name, seed, SCANNER, {"angle_harmonics": 6}, signal_shape="1,8,8", signal_range="0,1",
+        "ct", name, seed, SCANNER, {"angle_harmonics": HARMONICS}, signal_shape="1,8,8", signal_range="0,1",
         max_context_views=2 * GIVEN - 1, max_given_views=GIVEN, observation_noise=NOISE, context_noise=FURTHER_NOISE,
         max_train_steps=1500, regression=name == "regression",
     )  # fmt: skip

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from diffusers_ext.training.config import require
+
 from .objective import batch_and_views
 from .protocol import ForwardModel, Parameters, map_parameters
 
@@ -132,8 +134,15 @@ def lifted_input(noisy: LiftedViews, context: LiftedViews | None = None) -> torc
 
 
 def input_channels(signal_shape: Sequence[int], forward_model: ForwardModel, parameters: Parameters) -> int:
-    """Returns how many channels a UNet of signals of a shape reads; `parameters` are `(n, ...)` of some views."""
+    """Returns how many channels a UNet of signals of a shape reads; `parameters` are `(n, ...)` of some views.
+
+    Raises:
+        ValueError: lifted observations have another size than signals.
+    """
     shape = forward_model.observation_shape(signal_shape, parameters)
-    one = map_parameters(lambda value: value[:1], parameters)
+    one = map_parameters(lambda value: value[:1].to(forward_model.device), parameters)
     values, coverage = forward_model.lift(torch.zeros(1, *shape, device=forward_model.device), one, signal_shape)
+    size = tuple(values.shape[2:])
+    accepted = f"'mlp' where observations are lifted to another size, {size}, than that of signals, {signal_shape}"
+    require(size == tuple(signal_shape[1:]), "network", "unet", accepted)
     return 2 * values.shape[1] + 3 * coverage.shape[1] + 1

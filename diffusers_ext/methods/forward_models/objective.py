@@ -77,7 +77,7 @@ def forward_model_loss(
         >>> seen = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 1, 4)
         >>> forward_model_loss(signal, MaskForwardModel((1, 4)), seen, seen).backward()
         >>> signal.grad.flatten()
-        tensor([-0.5000, -0.5000, -0.0000, -0.0000])
+        tensor([-0.5000, -0.5000,  0.0000,  0.0000])
     """
     loss = _error(observe(signal, forward_model, target_parameters), target, "target", target_weights)
     if novel is None:

@@ -62,6 +62,11 @@ def _outside_inference(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
+def _precision(forward_model: ForwardModel) -> torch.dtype:
+    """Signals are in fp32 or fp64, even where networks are in half precision."""
+    return torch.promote_types(forward_model.dtype, torch.float32)
+
+
 class ForwardModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
     """A known, differentiable observation of a signal (2306.11719, section 3): `forward(signal, parameters)`.
 
@@ -142,7 +147,7 @@ class ForwardModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         """
         one = map_parameters(lambda value: value[:1].to(self.device), parameters)
         # Signals are in fp32 beside networks of half precision too.
-        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        dtype = _precision(self)
         with torch.no_grad():
             return tuple(self(torch.zeros(1, *signal_shape, dtype=dtype, device=self.device), one).shape[1:])
 
@@ -222,7 +227,7 @@ def check_differentiable(
 
     def drawn(*shape: int) -> torch.Tensor:
         source = torch.device("cpu") if generator is None else generator.device
-        return torch.rand(*shape, generator=generator, device=source).to(device, forward_model.dtype)
+        return torch.rand(*shape, generator=generator, device=source).to(device, _precision(forward_model))
 
     with torch.inference_mode(False), torch.enable_grad():
         signal = (low + (high - low) * drawn(n, *signal_shape)).requires_grad_()

@@ -248,7 +248,7 @@ class ForwardModelRecipe(Recipe[ForwardModelConfig]):
                 seen[:, :1] + self.config.observation_noise * noise,
                 map_parameters(lambda value: value[:, :1], parameters),
             )
-        views = min(self.config.max_context_views + 1, batch_and_views(parameters)[1])
+        views = min(max(self.config.max_context_views, 1), batch_and_views(parameters)[1])  # the last joins no context
         targets = map_parameters(lambda value: value[:, -views:], parameters)
         steps = self.config.validation_inference_steps
         call: Any = pipeline

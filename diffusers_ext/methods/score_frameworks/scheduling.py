@@ -202,7 +202,7 @@ class FrameworkScheduler(SchedulerMixin, ConfigMixin):
             timesteps: `(batch,)` of the network's, fractions included, or one. One of `self.timesteps` stands for the
                 noise level there, also where that lies beyond the network's own.
         """
-        sigma = sigma_of_timestep(self.alphas_cumprod, timesteps.double())
+        sigma = sigma_of_timestep(self.alphas_cumprod, timesteps)
         for i, t in enumerate(timesteps.reshape(-1).tolist()) if self._moves else ():
             known = (self.timesteps == t).nonzero()
             if len(known):

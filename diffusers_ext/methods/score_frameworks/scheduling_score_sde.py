@@ -67,7 +67,7 @@ class ScoreSDEScheduler(FrameworkScheduler):
         >>> scheduler = ScoreSDEScheduler.from_config(DDIMScheduler().config, sde="ve", predictor="ancestral")
         >>> scheduler.set_timesteps(3)
         >>> [round(t, 1) for t in scheduler.timesteps.tolist()], round(scheduler.init_noise_sigma, 1)
-        ([999.0, 999.0, 288.3, 288.3, 0.0, 0.0], 157.4)
+        ([999.0, 999.0, 302.3, 302.3, 0.0, 0.0], 157.4)
     """
 
     __module__ = "diffusers_ext"

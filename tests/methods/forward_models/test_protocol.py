@@ -46,6 +46,12 @@ def test_an_own_forward_model_needs_forward_only(tmp_path):
         model.sample_parameters(3)
 
 
+def test_half_precision_leaves_signals_in_fp32():
+    model, angle = ProjectionForwardModel(6).to(torch.bfloat16), torch.tensor([0.3])
+    assert model.observation_shape((1, 8, 8), angle) == (1, 6)
+    check_differentiable(model, (1, 8, 8), angle)
+
+
 def test_the_lift_works_without_gradients_and_in_inference_mode():
     model, y = CropForwardModel(2, 4), torch.rand(2, 1, 2, 2)
     expected = model.lift(y, torch.tensor([[0, 0], [1, 2]]), (1, 4, 4))

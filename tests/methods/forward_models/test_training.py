@@ -20,6 +20,7 @@ from diffusers_ext import (
     SimulatedObservations,
     StepRNG,
     Trainer,
+    WarpForwardModel,
     load_images,
     observe,
 )
@@ -329,6 +330,18 @@ def test_wrong_arguments_are_named(data, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             step(config(data, tmp_path / "run", **changes))
+
+
+def test_flows_coarser_than_their_images_are_for_an_mlp(data, tmp_path):
+    images = np.random.default_rng(0).random((8, 2, 1, 8, 8), np.float32)
+    np.savez(tmp_path / "frames.npz", observations=images, parameters=images)
+    settings = config(
+        data, tmp_path / "run", train_data_dir=str(tmp_path / "frames.npz"), signal_shape="2,4,4", network="unet",
+        unet_config=str(data / "unet.json"), forward_model=None, max_context_views=0, max_given_views=None,
+        num_targets=1, novel_weight=0.0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"`network` must be 'mlp' where observations are lifted to another size"):
+        step(settings, WarpForwardModel())
 
 
 def test_wrong_data_is_named(data, tmp_path):
