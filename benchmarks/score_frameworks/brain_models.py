@@ -1,6 +1,6 @@
 """The small denoisers of brain slices that the experiments use, three seeds of one training.
 
-    python -m benchmarks.score_frameworks.brain_models     # ten minutes of one core a seed
+    python -m benchmarks.score_frameworks.brain_models     # five minutes of one core a seed
 
 The data are made by benchmarks.score_frameworks.brains. A training that was stopped goes on where it was.
 """

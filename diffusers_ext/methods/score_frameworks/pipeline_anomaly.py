@@ -266,12 +266,13 @@ class AnomalyDetectionPipeline(DenoiserPipeline):
         for rows in torch.arange(len(read)).split(batch_size):
             part = None if where is None else where[rows.to(where.device)]
             call: Any = {**settings, "mask": part, "generator": generator, "output_type": "pt"}
-            maps = self(read[rows.to(read.device)], **call).anomaly_map
+            found: Any = self(read[rows.to(read.device)], **call)
+            maps = found.anomaly_map
             values.append(maps.flatten() if part is None else maps[part])
         threshold = float(torch.cat(values).double().quantile(quantile))
-        found = _settings(**{"strength": 0.25, "num_inference_steps": 25, "num_samples": 3, "noise": "gaussian",
+        kept = _settings(**{"strength": 0.25, "num_inference_steps": 25, "num_samples": 3, "noise": "gaussian",
                              "score": "absolute", "smoothing": 1.0, **settings})  # fmt: skip
-        self.register_to_config(calibration={**found, "quantile": quantile, "threshold": threshold})
+        self.register_to_config(calibration={**kept, "quantile": quantile, "threshold": threshold})
         return threshold
 
     def _read(self, image: Any, generator: Any) -> torch.Tensor:

@@ -61,11 +61,12 @@ def open_volume(path: str | Path) -> Any:
     """
     try:
         import nibabel
+        from nibabel.filebasedimages import ImageFileError
     except ImportError as error:
         raise ImportError("volumes are read by nibabel: pip install 'diffusers-ext[medical]'.") from error
     try:
         volume = nibabel.load(path)
-    except (OSError, nibabel.filebasedimages.ImageFileError) as error:
+    except (OSError, ImageFileError) as error:
         raise ValueError(f"`volume` must be a file that nibabel reads, such as .nii.gz, got {str(path)!r}.") from error
     return _upright(volume, str(path))
 
@@ -129,7 +130,7 @@ def read_slices(
     # Rows run downwards: against the second of the two axes that are left.
     planes = torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, normal, 0))).movedim(1, 2).flip(1)[:, None]
     zooms = [float(z) for i, z in enumerate(volume.header.get_zooms()[:3]) if i != normal]
-    plane, spacing = tuple(planes.shape[2:]), (zooms[1], zooms[0])
+    plane, spacing = (planes.shape[2], planes.shape[3]), (zooms[1], zooms[0])
     fov = max(n * mm for n, mm in zip(plane, spacing, strict=True)) if field_of_view is None else float(field_of_view)
     small = F.interpolate(planes, _sides(plane, spacing, fov, size), mode="bilinear", antialias=True)
     images = _centred((small / top).clamp(0, 1), (size, size))
