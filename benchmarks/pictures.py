@@ -25,6 +25,8 @@ EXPERIMENTS = {
     "noise2score_levels": "noise2score/experiment",
     "pnnp_denoisers": "pnnp/denoiser",
     "score_frameworks_samples": "score_frameworks/frameworks",
+    "score_frameworks_reconstruction": "score_frameworks/reconstruction",
+    "score_frameworks_anomalies": "score_frameworks/anomalies",
     "sgmse_sentence": "sgmse/calls",
 }
 
