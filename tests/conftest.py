@@ -17,6 +17,7 @@ gc.disable()
 METHOD = 40
 SECONDS = {
     "tests": 240,
+    "tests/app": 50,  # a browser
     "tests/methods/noise_diffusion": 50,
     "tests/methods/oms": 100,
     "tests/methods/q_diffusion": 75,
