@@ -59,6 +59,27 @@ def spread(values):
     return statistics.stdev(values) if len(values) > 1 else None
 
 
+def kept(path, make):
+    """Returns what a JSON file holds, after making it where it is missing; a file is whole or not there."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps(make(), indent=1))
+        partial.replace(path)
+    return json.loads(path.read_text())
+
+
+def made_portable(folder):
+    """Takes out of a model's folder where it stood when it was made, which is nobody's business; returns its MiB."""
+    for path in folder.rglob("*.json"):
+        entries = json.loads(path.read_text())
+        if isinstance(entries, dict) and entries.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(entries, indent=2) + "\n")
+    card, root = folder / "README.md", RESULTS.parents[1]
+    card.write_text(card.read_text().replace(str(folder), folder.relative_to(root).as_posix()))
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
+
+
 def small_unet(size, channels, blocks, groups):
     """Returns a network without attention for images of `size`, random weights that are always the same."""
     torch.manual_seed(0)

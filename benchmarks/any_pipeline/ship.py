@@ -15,6 +15,7 @@ from PIL import Image
 
 from benchmarks.any_pipeline.digits import PROMPTS, ROOT, RUNS, SIZE, captioned
 from benchmarks.any_pipeline.experiment import as_digits, classifier, trained
+from benchmarks.harness import made_portable
 from benchmarks.small_models import train
 from diffusers_ext import RepoCard, TextToImageConfig, TextToImageRecipe, save_repo
 
@@ -76,12 +77,7 @@ def main():
     pipe.transformer.half()
     pipe.vae.half()
     save_repo(pipe, FOLDER, card=card, sample=Image.fromarray(sample))
-    for path in FOLDER.rglob("*.json"):  # where the model stood when it was made is nobody's business
-        entries = json.loads(path.read_text())
-        if isinstance(entries, dict) and entries.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(entries, indent=2) + "\n")
-    size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file())
-    print(f"{FOLDER}: {size / 2**20:.2f} MiB, {read.float().mean():.2f} of the prompts read")
+    print(f"{FOLDER}: {made_portable(FOLDER):.2f} MiB, {read.float().mean():.2f} of the prompts read")
 
 
 if __name__ == "__main__":

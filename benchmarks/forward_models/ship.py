@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from benchmarks.forward_models.flatland import FURTHER_NOISE, NOISE, angles, camera, digits, views, write_views
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, made_portable
 from benchmarks.small_models import train
 from diffusers_ext import ForwardModelConfig, ForwardModelPipeline, ForwardModelRecipe, RepoCard, save_repo
 from diffusers_ext.methods.forward_models.pictures import as_images
@@ -109,14 +109,7 @@ def main():
         FOLDER / "views.npz", observations=views(held_out[:16]).numpy(), parameters=angles(16).numpy(),
         digits=(held_out[:16] * 16).round().byte().numpy(),
     )  # fmt: skip
-    for path in FOLDER.rglob("*.json"):  # where the model stood when it was made is nobody's business
-        entries = json.loads(path.read_text())
-        if isinstance(entries, dict) and entries.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(entries, indent=2) + "\n")
-    card_file = FOLDER / "README.md"
-    card_file.write_text(card_file.read_text().replace(str(FOLDER), "diffusers_ext/assets/digits-flatland"))
-    size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file())
-    print(f"{FOLDER}: {size / 2**20:.3f} MiB, {card.results}")
+    print(f"{FOLDER}: {made_portable(FOLDER):.3f} MiB, {card.results}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from scipy.special import digamma, polygamma
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 
-from benchmarks.harness import RESULTS, figure, write_result
+from benchmarks.harness import RESULTS, figure, kept, write_result
 from benchmarks.noise2score.photos import LEVELS, PHOTOS, photographs, seeded, train
 from diffusers_ext import (
     AdditiveGaussianNoise,
@@ -89,16 +89,6 @@ SAYS = {
     "blind_costs_gamma_(100|50)": r"Not to know the shape of Gamma noise, \1, costs {:.2f} dB.",
     "blind_costs_poisson_(0.01|0.05)": r"Not to know the scale of Poisson noise, \1, costs {:.2f} dB.",
 }
-
-
-def kept(path, make):
-    """Returns what a JSON file holds, after making it where it is missing."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(make(), indent=1))
-        partial.replace(path)
-    return json.loads(path.read_text())
 
 
 def network(method, level, seed, clean):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, made_portable
 from benchmarks.noise2score.photos import LEVELS, photographs, seeded
 from benchmarks.small_models import train
 from diffusers_ext import Noise2ScoreConfig, Noise2ScorePipeline, Noise2ScoreRecipe, RepoCard, save_repo
@@ -103,14 +103,7 @@ def main():
     )
     save_repo(pipeline, FOLDER, card=card, sample=sample)
     Image.fromarray((test[0, 0][crop] * 255).round().byte().numpy()).save(FOLDER / "crop.png")
-    for path in FOLDER.rglob("*.json"):  # where the model stood when it was made is nobody's business
-        entries = json.loads(path.read_text())
-        if isinstance(entries, dict) and entries.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(entries, indent=2) + "\n")
-    card_file = FOLDER / "README.md"
-    card_file.write_text(card_file.read_text().replace(str(FOLDER), "diffusers_ext/assets/photos-noise2score"))
-    size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file())
-    print(f"{FOLDER}: {size / 2**20:.2f} MiB, {card.results}")
+    print(f"{FOLDER}: {made_portable(FOLDER):.2f} MiB, {card.results}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, made_portable
 from benchmarks.pnnp.photos import BLACK, SIZE, WHITE, mosaic, psnr, write_clean
 from benchmarks.pnnp.proxy import trained
 from benchmarks.small_models import train
@@ -104,14 +104,7 @@ def main():
     save_repo(pipeline, FOLDER, card=card)
     noise.save_pretrained(FOLDER / "noise")
     Image.fromarray(photo).save(FOLDER / "crop.png")
-    for path in FOLDER.rglob("*.json"):  # where the model stood when it was made is nobody's business
-        entries = json.loads(path.read_text())
-        if isinstance(entries, dict) and entries.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(entries, indent=2) + "\n")
-    card_file = FOLDER / "README.md"
-    card_file.write_text(card_file.read_text().replace(str(FOLDER), "diffusers_ext/assets/photos-pnnp"))
-    size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file())
-    print(f"{FOLDER}: {size / 2**20:.2f} MiB, {card.results}")
+    print(f"{FOLDER}: {made_portable(FOLDER):.2f} MiB, {card.results}")
 
 
 if __name__ == "__main__":

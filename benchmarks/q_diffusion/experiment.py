@@ -13,7 +13,6 @@ with a picture beside it.
 """
 
 import copy
-import json
 import statistics
 import time
 
@@ -22,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 
-from benchmarks.harness import RESULTS, figure, spread, write_result
+from benchmarks.harness import RESULTS, figure, kept, spread, write_result
 from diffusers_ext import (
     ImageClassifierFeatures,
     QDiffConfig,
@@ -123,13 +122,7 @@ def error(model, arguments, wanted):
 
 def once(name, seed, what, find):
     """Returns what `find` measured of a model and a seed, which is measured once."""
-    path = RUNS / name / f"seed-{seed}" / f"{what}.json"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(find(name, seed)))
-        partial.replace(path)
-    return json.loads(path.read_text())
+    return kept(RUNS / name / f"seed-{seed}" / f"{what}.json", lambda: find(name, seed))
 
 
 @torch.no_grad()

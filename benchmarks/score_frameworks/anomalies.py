@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.harness import RESULTS, figure, write_result
+from benchmarks.harness import RESULTS, figure, kept, write_result
 from benchmarks.score_frameworks.brain_models import ROOT, RUNS, SEEDS, brain_model
 from diffusers_ext import AnomalyDetectionPipeline, asset_path, auroc, average_precision, best_dice
 from diffusers_ext.methods.score_frameworks.pipeline_anomaly import smoothed
@@ -116,22 +116,20 @@ def measure(seed):
     return found | {"seconds": time.perf_counter() - start}
 
 
+def of_seed(seed):
+    return RUNS / f"anomalies-{seed}.json"
+
+
 def main():
     parser = argparse.ArgumentParser(description="Finds foreign patches and tumours.")
     parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     for seed in args.seeds:
-        path = RUNS / f"anomalies-{seed}.json"
-        if not path.is_file():
-            partial = path.with_suffix(".tmp")
-            partial.write_text(json.dumps(measure(seed), indent=1))
-            partial.replace(path)
-        print(f"seed {seed}: {path.read_text()}", flush=True)
-    paths = [RUNS / f"anomalies-{seed}.json" for seed in SEEDS]
-    if not all(path.is_file() for path in paths):
+        print(f"seed {seed}: {kept(of_seed(seed), lambda seed=seed: measure(seed))}", flush=True)
+    if not all(of_seed(seed).is_file() for seed in SEEDS):
         return
-    seeds = [json.loads(path.read_text()) for path in paths]
+    seeds = [json.loads(of_seed(seed).read_text()) for seed in SEEDS]
 
     def ratio(first, second, goal=None):
         values = [s[f"ap_{first}"] / s[f"ap_{second}"] for s in seeds]

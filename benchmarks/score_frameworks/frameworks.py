@@ -10,7 +10,6 @@ an exact solution of the same start.
 What is finished is not done again (runs/score_frameworks/frameworks), so that a run goes on where it stopped.
 """
 
-import json
 import math
 import statistics
 import time
@@ -21,7 +20,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
-from benchmarks.harness import RESULTS, figure, spread, write_result
+from benchmarks.harness import RESULTS, figure, kept, spread, write_result
 from diffusers_ext import (
     AnnealedLangevinScheduler,
     ImageClassifierFeatures,
@@ -120,15 +119,6 @@ def draw(name, pipe, calls, seed):
     return torch.cat(images) * 2 - 1
 
 
-def saved(path, make):
-    """Returns what `make` returns as JSON, made once."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".tmp").write_text(json.dumps(make()))
-        path.with_suffix(".tmp").replace(path)
-    return json.loads(path.read_text())
-
-
 def distances(seed, pipe, features, real):
     """Returns the Frechet distance of every sampler and number of calls."""
     stock = pipe.scheduler
@@ -143,7 +133,7 @@ def distances(seed, pipe, features, real):
     wanted = [(name, CALLS) for name in SAMPLERS]
     wanted += [(name, c) for name, calls in CURVES.items() for c in reversed(calls) if c != CALLS]
     return {
-        f"{calls}_{name}": saved(RUNS / f"seed-{seed}" / f"{name}-{calls}.json", lambda n=name, c=calls: one(n, c))
+        f"{calls}_{name}": kept(RUNS / f"seed-{seed}" / f"{name}-{calls}.json", lambda n=name, c=calls: one(n, c))
         for name, calls in wanted
     }
 
@@ -268,7 +258,7 @@ def main():
         stock = pipe.scheduler
         for seed in SEEDS:
             pipe.scheduler = stock
-            flows.append(saved(RUNS / f"seed-{seed}" / "flow.json", lambda s=seed: flow_errors(s, pipe)))
+            flows.append(kept(RUNS / f"seed-{seed}" / "flow.json", lambda s=seed: flow_errors(s, pipe)))
             measured.append(distances(seed, pipe, judge.features, real))
             print(f"seed {seed} done after {time.perf_counter() - start:.0f} s", flush=True)
             report(measured, flows, floor, time.perf_counter() - start)

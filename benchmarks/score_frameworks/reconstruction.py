@@ -23,7 +23,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from skimage.restoration import denoise_tv_chambolle
 
-from benchmarks.harness import RESULTS, figure, write_result
+from benchmarks.harness import RESULTS, figure, kept, write_result
 from benchmarks.score_frameworks.brain_models import RUNS, SEEDS, brain_model
 from diffusers_ext import FourierSampling, ReconstructionPipeline, asset_path
 
@@ -116,6 +116,10 @@ def picture(truth, found, std):
     image.resize((2 * image.width, 2 * image.height), Image.Resampling.BICUBIC).save(path)
 
 
+def of_seed(seed):
+    return RUNS / f"reconstruction-{seed}.json"
+
+
 def main():
     parser = argparse.ArgumentParser(description="Compares reconstructions of undersampled scans.")
     parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
@@ -123,16 +127,10 @@ def main():
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="skimage")
     for seed in args.seeds:
-        path = RUNS / f"reconstruction-{seed}.json"
-        if not path.is_file():
-            partial = path.with_suffix(".tmp")
-            partial.write_text(json.dumps(measure(seed), indent=1))
-            partial.replace(path)
-        print(f"seed {seed}: {path.read_text()}", flush=True)
-    paths = [RUNS / f"reconstruction-{seed}.json" for seed in SEEDS]
-    if not all(path.is_file() for path in paths):
+        print(f"seed {seed}: {kept(of_seed(seed), lambda seed=seed: measure(seed))}", flush=True)
+    if not all(of_seed(seed).is_file() for seed in SEEDS):
         return
-    seeds = [json.loads(path.read_text()) for path in paths]
+    seeds = [json.loads(of_seed(seed).read_text()) for seed in SEEDS]
 
     def of(values, unit, goal=None):
         return figure(statistics.mean(values), unit, goal, statistics.stdev(values))

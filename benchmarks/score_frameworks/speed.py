@@ -12,7 +12,7 @@ import time
 import torch
 from diffusers import DiffusionPipeline
 
-from benchmarks.harness import figure, write_result
+from benchmarks.harness import figure, interleaved, write_result
 from diffusers_ext import AnnealedLangevinScheduler, ScoreSDEScheduler, asset_path, solve_probability_flow
 
 BATCH, STEPS, REPEATS = 16, 5, 7
@@ -37,20 +37,6 @@ SCHEDULERS = {
     "subvp": (ScoreSDEScheduler, {"sde": "subvp", "predictor": "euler_maruyama", "corrector_steps": 0}),
     "langevin": (AnnealedLangevinScheduler, {}),
 }
-
-
-def ratio(first, second, repeats):
-    """Returns the median over repeats of how many times the second's processor time the first takes, in turn."""
-    first(), second()
-    found = []
-    for _ in range(repeats):
-        spent = []
-        for function in (first, second):
-            start = time.process_time()
-            function()
-            spent.append(time.process_time() - start)
-        found.append(spent[0] / spent[1])
-    return statistics.median(found)
 
 
 def schedulers(pipe):
@@ -94,11 +80,16 @@ def batches(pipe):
         for part in noise.split(count):
             solve_probability_flow(pipe.unet, scheduler, part, rtol=0.1, atol=0.1)
 
-    fixed = ratio(lambda: drawn(BATCH), lambda: drawn(1), 3)
-    adaptive = ratio(lambda: solved(BATCH), lambda: solved(1), 3)
+    ways = {
+        "batch": lambda: drawn(BATCH),
+        "single": lambda: drawn(1),
+        "flow batch": lambda: solved(BATCH),
+        "flow single": lambda: solved(1),
+    }
+    times = interleaved(ways, 3, time.process_time)
     return {
-        "batch_over_single": figure(fixed, "ratio", GOALS["batch_over_single"]),
-        "flow_batch_over_single": figure(adaptive, "ratio"),
+        "batch_over_single": figure(times["batch"] / times["single"], "ratio", GOALS["batch_over_single"]),
+        "flow_batch_over_single": figure(times["flow batch"] / times["flow single"], "ratio"),
     }
 
 

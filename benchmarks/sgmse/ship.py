@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, made_portable
 from benchmarks.sgmse.experiment import MEASURES, measured, way
 from benchmarks.sgmse.sets import make_test_sets, packages_folder
 from diffusers_ext import RepoCard, SpeechEnhancementPipeline, save_repo
@@ -67,12 +67,7 @@ def main():
         pipeline_tag="audio-to-audio",
     )
     write(shipped, card)
-    for file in FOLDER.rglob("*.json"):  # where the model stood when it was made is nobody's business
-        entries = json.loads(file.read_text())
-        if isinstance(entries, dict) and entries.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(entries, indent=2) + "\n")
-    size = sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file())
-    print(f"{FOLDER}: {size / 2**20:.2f} MiB", results)
+    print(f"{FOLDER}: {made_portable(FOLDER):.2f} MiB", results)
 
 
 if __name__ == "__main__":
