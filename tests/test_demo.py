@@ -58,6 +58,9 @@ def test_demo_loads_draws_measures_finetunes_and_reloads(tmp_path):
     assert denoised > noisy + 1
     assert nearness < 0.5
     assert (tmp_path / "pnnp.png").is_file()
+    assert float(re.search(r"above the others in the map with probability ([\d.]+)", text)[1]) > 0.8
+    assert float(re.search(r"lines of k-space: ([\d.]+) dB nearer", text)[1]) > 1
+    assert (tmp_path / "score_frameworks.png").is_file()
     naive, known = map(float, re.search(r"taken for clean ([\d.]+), noise known ([\d.]+)", text).groups())
     assert known * 1.5 < naive
     assert (tmp_path / "ambient.png").is_file()

@@ -1,6 +1,6 @@
 """The small denoisers of brain slices that the experiments use, three seeds of one training.
 
-    python -m benchmarks.score_frameworks.brain_models     # five minutes of one core a seed
+    python -m benchmarks.score_frameworks.brain_models     # a quarter of an hour of one core a seed
 
 The data are made by benchmarks.score_frameworks.brains. A training that was stopped goes on where it was.
 """
@@ -21,7 +21,7 @@ from diffusers_ext import DenoisingConfig, DenoisingRecipe
 ROOT = RESULTS.parents[1]
 RUNS = ROOT / "runs" / "score_frameworks"
 SEEDS = [0, 1, 2]
-STEPS = 700
+STEPS = 2000
 UNET = {
     "block_out_channels": [12, 24, 40, 40],
     "down_block_types": ["DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],

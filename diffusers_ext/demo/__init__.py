@@ -23,6 +23,7 @@ PANELS = [
     "one_more_step",
     "pnnp",
     "q_diffusion",
+    "score_frameworks",
     "sda",
     "speech_enhancement",
     "text_to_image",
