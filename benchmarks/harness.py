@@ -71,12 +71,13 @@ def kept(path, make):
 
 def made_portable(folder):
     """Takes out of a model's folder where it stood when it was made, which is nobody's business; returns its MiB."""
-    for path in folder.rglob("*.json"):
-        entries = json.loads(path.read_text())
+    root = f"{RESULTS.parents[1]}/"
+    for path in [*folder.rglob("*.json"), folder / "README.md"]:
+        text = path.read_text().replace(root, "")
+        entries = json.loads(text) if path.suffix == ".json" else None
         if isinstance(entries, dict) and entries.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(entries, indent=2) + "\n")
-    card, root = folder / "README.md", RESULTS.parents[1]
-    card.write_text(card.read_text().replace(str(folder), folder.relative_to(root).as_posix()))
+            text = json.dumps(entries, indent=2) + "\n"
+        path.write_text(text)
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
 
 

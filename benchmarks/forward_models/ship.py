@@ -98,10 +98,7 @@ def main():
         tags=["diffusers-ext", "inverse-problems"],
         paper="https://arxiv.org/abs/2306.11719",
         snippet=SNIPPET,
-        arguments={
-            "command": "python -m benchmarks.forward_models.ship",
-            **json.loads(json.dumps(config.to_dict()).replace(f"{ROOT}/", "")),
-        },
+        arguments={"command": "python -m benchmarks.forward_models.ship", **config.to_dict()},
         results=found,
     )
     save_repo(pipeline, FOLDER, card=card, sample=sample)

@@ -6,7 +6,6 @@ One copy with Gaussian noise of 25/255 of the left parts of scikit-learn's two p
 from which the recipe learns the score. A crop of a right part goes into the folder too, for the demo.
 """
 
-import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -90,10 +89,7 @@ def main():
         tags=["diffusers-ext", "image-denoising"],
         paper="https://arxiv.org/abs/2106.07009",
         snippet=SNIPPET,
-        arguments={
-            "command": "python -m benchmarks.noise2score.ship",
-            **json.loads(json.dumps(config.to_dict()).replace(f"{ROOT}/", "")),
-        },
+        arguments={"command": "python -m benchmarks.noise2score.ship", **config.to_dict()},
         results={
             "PSNR of the right parts, noisy": psnr(y, test),
             "denoised": psnr(known, test),

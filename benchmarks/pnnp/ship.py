@@ -92,10 +92,7 @@ def main():
         tags=["diffusers-ext", "raw-images", "image-denoising"],
         paper="https://arxiv.org/abs/2310.09126",
         snippet=SNIPPET,
-        arguments={
-            "command": "python -m benchmarks.pnnp.ship",
-            **json.loads(json.dumps(config.to_dict()).replace(f"{ROOT}/", "")),
-        },
+        arguments={"command": "python -m benchmarks.pnnp.ship", **config.to_dict()},
         results={"PSNR of the raw crop, noisy": psnr(noisy, clean), "denoised": psnr(denoised, clean)},
         pipeline_tag="image-to-image",
     )

@@ -10,7 +10,7 @@ import json
 import torch
 
 from benchmarks.harness import RESULTS, made_portable
-from benchmarks.score_frameworks.brain_models import ROOT, brain_model
+from benchmarks.score_frameworks.brain_models import brain_model
 from benchmarks.score_frameworks.reconstruction import NOISE, lines, patient_two, quality
 from diffusers_ext import FourierSampling, ImageGenerationPipeline, ReconstructionPipeline, RepoCard, save_repo
 from diffusers_ext.training.callbacks import image_grid
@@ -31,7 +31,7 @@ pipeline(operator.forward(truth), operator, noise_std=0.01).images[0].save("slic
 def main():
     torch.set_num_threads(1)
     folder = brain_model(0)
-    arguments = json.loads((folder / "training_arguments.json").read_text().replace(f"{ROOT}/", ""))
+    arguments = json.loads((folder / "training_arguments.json").read_text())
     pipeline = ImageGenerationPipeline.from_pretrained(folder)
     pipeline.unet.half()
     truth, operator = patient_two(), FourierSampling(lines(0))
