@@ -3,9 +3,9 @@
     python -m benchmarks.score_frameworks.anomalies     # after benchmarks.score_frameworks.brain_models
 
 On each of 100 held-out digits a patch of 9x9 pixels, drawn at random with ink in it, is that of another digit. Maps
-are smoothed alike; the autoencoder (benchmarks.score_frameworks.autoencoder) is trained on the same digits as the
-denoiser, of which it has the size. Of tumours the training set (benchmarks.score_frameworks.brains) has none; patient 2 is unseen, of
-patient 1 other slices were seen, which favours the map.
+are smoothed alike; the autoencoder (benchmarks.score_frameworks.autoencoder) has the denoiser's size. Of tumours the
+training set (benchmarks.score_frameworks.brains) has none; patient 2 is unseen, of patient 1 other slices were seen,
+which favours the map.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python -m benchmarks.score_frameworks.autoencoder     # a few minutes of one core a seed
 
-They are as large as the denoiser that makes the maps (0.28 M weights) and are trained on the same 4,000 digits. Between
-encoder and decoder an image is 24 numbers, as many as the principal components that are compared too.
+They have the size of the denoiser that makes the maps (0.27 M weights and 0.28 M) and are trained on 4,000 digits.
+Between encoder and decoder an image is 24 numbers, as many as the principal components that are compared too.
 """
 
 import argparse
