@@ -46,7 +46,7 @@ def autoencoder(seed):
     """Returns the autoencoder of a seed, trained once on the mean squared error."""
     path = RUNS / f"autoencoder-{seed}.safetensors"
     torch.manual_seed(seed)
-    model = network()
+    model = network().to(memory_format=torch.channels_last)
     if not path.is_file():
         images = training_digits()
         steps = EPOCHS * (len(images) // BATCH)
@@ -55,7 +55,9 @@ def autoencoder(seed):
         for epoch in range(EPOCHS):
             losses = []
             for rows in torch.randperm(len(images)).split(BATCH)[: len(images) // BATCH]:
-                loss = F.mse_loss(model(images[rows]), images[rows])
+                with torch.autocast("cpu", torch.bfloat16):  # as the denoisers are trained
+                    made = model(images[rows])
+                loss = F.mse_loss(made.float(), images[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
