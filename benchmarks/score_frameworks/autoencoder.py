@@ -38,7 +38,7 @@ def network():
         nn.Linear(BOTTLENECK, 64 * 7 * 7), nn.Unflatten(1, (64, 7, 7)), nn.SiLU(),
         nn.Conv2d(64, 64, 3, 1, 1), nn.SiLU(), nn.Upsample(scale_factor=2),
         nn.Conv2d(64, 32, 3, 1, 1), nn.SiLU(), nn.Upsample(scale_factor=2),
-        nn.Conv2d(32, 32, 3, 1, 1), nn.SiLU(), nn.Conv2d(32, 1, 3, 1, 1), nn.Sigmoid(),
+        nn.Conv2d(32, 32, 3, 1, 1), nn.SiLU(), nn.Conv2d(32, 1, 3, 1, 1),
     )  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from diffusers_ext.generation.score_field import ScoreField
 from diffusers_ext.hub.loading import checked_folder
 from diffusers_ext.rng import mix
 from diffusers_ext.training.config import check_types, described, require
+from diffusers_ext.training.results import check_settings, write_json
 
 from .dimension import LARGEST, local_dimension, slope_errors
 from .draws import default_sigmas, denoising_moments, image_seeds, rows_of
@@ -97,16 +97,16 @@ def inspect_model(config: InspectConfig) -> Inspection:
         require(dim <= limit, "quantities", config.quantities, f"without {name!r} above {limit} values, here {dim}")
     sigmas = default_sigmas(field_, config.num_sigmas)
     folder = Path(config.output_dir)
-    _claim(folder, config)
+    free = ("output_dir", "device", "batch_size")
+    check_settings(folder, {k: v for k, v in asdict(config).items() if k not in free})
+    (folder / "images").mkdir(exist_ok=True)
     print_estimate(field_, x, config)
     records = []
     for index in tqdm(range(len(x)), desc="inspecting", unit="image"):
         path = folder / "images" / f"{index:06d}.json"
         if not path.is_file():
             record = measure(field_.select(torch.tensor([index])), x[index : index + 1], index, sigmas, config, pixel)
-            partial = path.with_suffix(".tmp")
-            partial.write_text(json.dumps(record))
-            os.replace(partial, path)
+            write_json(path, record)
         records.append(json.loads(path.read_text()))
     found = summary(records, sigmas, dim)
     found.save(folder)
@@ -163,22 +163,6 @@ def _images(config: InspectConfig, size: int, channels: int) -> list[dict[str, A
     )
     require(len(data) >= 2, "data", config.data, "at least two images")
     return [data[i] for i in range(len(data))]
-
-
-def _claim(folder: Path, config: InspectConfig) -> None:
-    """Writes what decides the records beside them; refuses a folder of other records."""
-    settings = {k: v for k, v in asdict(config).items() if k not in ("output_dir", "device", "batch_size")}
-    path = folder / "settings.json"
-    if path.is_file():
-        there = json.loads(path.read_text())
-        for name, value in settings.items():
-            accepted = f"{there.get(name)!r} as in the inspection in {folder}, or `output_dir` another folder"
-            require(there.get(name) == value, name, value, accepted)
-    try:
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"`output_dir` must be a folder that can be written, got {str(folder)!r}: {error}") from error
-    path.write_text(json.dumps(settings, indent=1))
 
 
 def levels_of(sigmas: list[float], count: int) -> list[float]:

@@ -20,6 +20,7 @@ from diffusers_ext.data.sources import load_images
 from diffusers_ext.generation.processes import process_state
 from diffusers_ext.rng import mix
 from diffusers_ext.training.config import check_types, described, require
+from diffusers_ext.training.results import check_settings
 
 from .align import align
 from .align_set import sample_generators
@@ -178,8 +179,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             f"{type(pipeline).__name__}: `diffusers-ext train sda_classifier` writes one."
         )
     folder = Path(config.output_dir)
-    (folder / "cells").mkdir(parents=True, exist_ok=True)
-    _keep_settings(folder, config)
+    # Corruptions and severities may be added to.
+    free = ("output_dir", "batch_size", "corruptions", "severities")
+    check_settings(folder, {k: v for k, v in asdict(config).items() if k not in free})
+    (folder / "cells").mkdir(exist_ok=True)
     clean, labels, indices = _clean(config, pipeline.unet.config.sample_size, pipeline.unet.config.in_channels)
     with torch.no_grad():
         probe = _pixels(clean[:1]).to(pipeline._execution_device)
@@ -213,21 +216,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if state.is_main_process:
         _report(folder, config, results)
     return results
-
-
-def _keep_settings(folder: Path, config: EvaluateConfig) -> None:
-    """Refuses to mix cells of different settings; corruptions and severities may be added to."""
-    free = ("output_dir", "batch_size", "corruptions", "severities")
-    settings = {k: v for k, v in asdict(config).items() if k not in free}
-    path = folder / "settings.json"
-    if path.is_file():
-        there = json.loads(path.read_text())
-        for name, value in settings.items():
-            accepted = f"{there.get(name)!r} as in {folder}, or `output_dir` another folder"
-            require(there.get(name) == value, name, value, accepted)
-    partial = path.with_name(f".settings-{os.getpid()}.tmp")
-    partial.write_text(json.dumps(settings, indent=1) + "\n")
-    partial.replace(path)
 
 
 def _path(folder: Path, name: str, severity: int) -> Path:

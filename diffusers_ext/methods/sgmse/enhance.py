@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from diffusers_ext.data.audio import SUFFIXES, audio_files, audio_info, write_au
 from diffusers_ext.generation.processes import process_state
 from diffusers_ext.rng import mix
 from diffusers_ext.training.config import check_types, described, require
+from diffusers_ext.training.results import check_settings
 
 from .pipeline import SpeechEnhancementPipeline
 
@@ -93,7 +92,9 @@ def enhance_files(config: EnhanceConfig) -> list[Path]:
     """
     sources = config.sources()
     state = process_state()
-    _check_settings(config, write=state.is_main_process)
+    names = ("model", "num_inference_steps", "chunk_seconds", "overlap_seconds", "seed")
+    settings = {name: getattr(config, name) for name in names}
+    check_settings(Path(config.output_dir), settings, write=state.is_main_process)
     pipeline: Any = _load(config.model).to(state.device)
     pipeline.set_progress_bar_config(disable=True)
     # Shared by their places in the whole list: what is missing changes while others work.
@@ -134,20 +135,3 @@ def _load(model: str) -> SpeechEnhancementPipeline:
         raise ValueError(
             f"`model` must be the repo or folder of a SpeechEnhancementPipeline, got {model!r}: {error}"
         ) from error
-
-
-def _check_settings(config: EnhanceConfig, write: bool) -> None:
-    """Refuses a folder whose results were made with other settings."""
-    names = ("model", "num_inference_steps", "chunk_seconds", "overlap_seconds", "seed")
-    settings = {name: getattr(config, name) for name in names}
-    path = Path(config.output_dir) / "settings.json"
-    if path.is_file():
-        there = json.loads(path.read_text())
-        for name, value in settings.items():
-            accepted = f"{there.get(name)!r} as in the results in {config.output_dir}, or `output_dir` another folder"
-            require(there.get(name) == value, name, value, accepted)
-    elif write:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".settings-{os.getpid()}.tmp")
-        partial.write_text(json.dumps(settings, indent=1) + "\n")
-        partial.replace(path)

@@ -130,7 +130,7 @@ def test_bad_input(run, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             inspect_model(InspectConfig(**{"repo": MODEL, "output_dir": str(tmp_path), **few, **changes}))
-    with pytest.raises(SystemExit, match="error: `num_draws` must be 3 as in the inspection in"):
+    with pytest.raises(SystemExit, match="error: `num_draws` must be 3 as in the results in"):
         main([word if word != "3" or words[i - 1] != "--num_draws" else "5" for i, word in enumerate(words)])
 
 
