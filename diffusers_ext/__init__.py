@@ -176,6 +176,7 @@ _PUBLIC = {
     "methods.score_frameworks.scheduling_score_sde": ["ScoreSDEScheduler"],
     "methods.score_frameworks.sde": ["SubVPSDE", "VESDE", "VPSDE"],
     "methods.score_frameworks.timesteps": ["FrameworkTimesteps"],
+    "methods.score_frameworks.volume_detection": ["detect_in_volumes"],
     "methods.score_frameworks.volumes": ["VolumeSlices", "read_slices"],
     "methods.sda.align": ["AlignConfig", "align"],
     "methods.sda.align_set": ["AlignSetConfig", "align_set"],

@@ -47,22 +47,24 @@ class DenoiserPipeline(SafePipeline):
         """Whether a callback has stopped the present call, by `pipeline._interrupt = True`."""
         return self._interrupt
 
+    def _check_counts(self, num_inference_steps: int, num_samples: int) -> None:
+        """Checks numbers of steps and samples.
+
+        Raises:
+            ValueError: one is wrong; the message names it.
+        """
+        for name, value in (("num_inference_steps", num_inference_steps), ("num_samples", num_samples)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be an integer >= 1, got {value!r}.")
+
     def _check_call(
-        self,
-        num_inference_steps: int,
-        num_samples: int,
-        output_type: str,
-        callback: Callable[..., Any] | None,
-        callback_names_given: list[str],
+        self, output_type: str, callback: Callable[..., Any] | None, callback_names_given: list[str]
     ) -> list[str]:
         """Checks what both pipelines are asked, and returns the names of the callback's tensors.
 
         Raises:
             ValueError: an argument is wrong; the message names it.
         """
-        for name, value in (("num_inference_steps", num_inference_steps), ("num_samples", num_samples)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be an integer >= 1, got {value!r}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {list(OUTPUT_TYPES)}, got {output_type!r}.")
         return callback_names(callback, callback_names_given, self._callback_tensor_inputs)

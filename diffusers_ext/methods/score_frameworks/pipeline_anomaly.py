@@ -19,10 +19,19 @@ from .base import DenoiserPipeline, as_output
 from .noise import SimplexNoise
 from .sampling import ddim_step, draw_rows, partial_levels
 
-__all__ = ["AnomalyDetectionPipeline", "AnomalyDetectionPipelineOutput", "smoothed"]
+__all__ = ["AnomalyDetectionPipeline", "AnomalyDetectionPipelineOutput", "call_settings", "smoothed"]
 
 NOISES = ("gaussian", "simplex")
 SCORES = ("absolute", "bright", "dark")
+# What a threshold holds for, with the defaults of a call.
+SETTINGS = {
+    "strength": 0.25,
+    "num_inference_steps": 25,
+    "num_samples": 3,
+    "noise": "gaussian",
+    "score": "absolute",
+    "smoothing": 1.0,
+}
 TRUNCATE = 4.0  # standard deviations at which the smoothing kernel ends, as in SciPy
 
 
@@ -102,7 +111,14 @@ class AnomalyDetectionPipeline(DenoiserPipeline):
         self.register_to_config(calibration=calibration)
 
     def check_inputs(
-        self, strength: float, noise: str | SimplexNoise, score: str, threshold: Any, settings: dict[str, Any]
+        self,
+        strength: float,
+        num_inference_steps: int,
+        num_samples: int,
+        noise: str | SimplexNoise,
+        score: str,
+        smoothing: float,
+        threshold: Any,
     ) -> float | None:
         """Checks the arguments of a call but the image, and returns the threshold.
 
@@ -115,6 +131,9 @@ class AnomalyDetectionPipeline(DenoiserPipeline):
             raise ValueError(f"`noise` must be one of {list(NOISES)} or a SimplexNoise, got {noise!r}.")
         if score not in SCORES:
             raise ValueError(f"`score` must be one of {list(SCORES)}, got {score!r}.")
+        self._check_counts(num_inference_steps, num_samples)
+        smoothed(torch.zeros(1, 1, 1, 1), smoothing)
+        partial_levels(self._estimator().field, strength, num_inference_steps)
         if threshold is None:
             return None
         if threshold != "calibrated":
@@ -124,7 +143,9 @@ class AnomalyDetectionPipeline(DenoiserPipeline):
         found: Any = self.config["calibration"]
         if found is None:
             raise ValueError("`threshold` must be a number: 'calibrated' needs a call of `calibrate` before.")
-        for name, value in settings.items():
+        given = {"strength": strength, "num_inference_steps": num_inference_steps, "num_samples": num_samples,
+                 "noise": _described(noise), "score": score, "smoothing": smoothing}  # fmt: skip
+        for name, value in given.items():
             if found.get(name) != value:
                 raise ValueError(
                     f"`{name}` must be {found.get(name)!r}, for which the threshold was calibrated, got {value!r}."
@@ -181,12 +202,8 @@ class AnomalyDetectionPipeline(DenoiserPipeline):
         Raises:
             ValueError: an argument is wrong; the message names it.
         """
-        settings = _settings(strength, num_inference_steps, num_samples, noise, score, smoothing)
-        limit = self.check_inputs(strength, noise, score, threshold, settings)
-        names = self._check_call(
-            num_inference_steps, num_samples, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs
-        )
-        smoothed(torch.zeros(1, 1, 1, 1), smoothing)
+        limit = self.check_inputs(strength, num_inference_steps, num_samples, noise, score, smoothing, threshold)
+        names = self._check_call(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         images = self._read(image, generator)
         where = _where(mask, images)
         estimator = self._estimator()
@@ -256,23 +273,18 @@ class AnomalyDetectionPipeline(DenoiserPipeline):
             raise ValueError(f"`quantile` must be a number in (0, 1), got {quantile!r}.")
         if not (isinstance(batch_size, int) and batch_size >= 1):
             raise ValueError(f"`batch_size` must be an integer >= 1, got {batch_size!r}.")
-        known = ("strength", "num_inference_steps", "num_samples", "noise", "score", "smoothing")
-        for name in settings:
-            if name not in known:
-                raise ValueError(f"`settings` must be among {list(known)}, got {name!r}.")
+        whole, described = call_settings(settings)
         read = self._read(images, generator)
         where = _where(mask, read)
         values = []
         for rows in torch.arange(len(read)).split(batch_size):
             part = None if where is None else where[rows.to(where.device)]
-            call: Any = {**settings, "mask": part, "generator": generator, "output_type": "pt"}
+            call: Any = {**whole, "mask": part, "generator": generator, "output_type": "pt"}
             found: Any = self(read[rows.to(read.device)], **call)
             maps = found.anomaly_map
             values.append(maps.flatten() if part is None else maps[part])
         threshold = float(torch.cat(values).double().quantile(quantile))
-        kept = _settings(**{"strength": 0.25, "num_inference_steps": 25, "num_samples": 3, "noise": "gaussian",
-                             "score": "absolute", "smoothing": 1.0, **settings})  # fmt: skip
-        self.register_to_config(calibration={**kept, "quantile": quantile, "threshold": threshold})
+        self.register_to_config(calibration={**described, "quantile": quantile, "threshold": threshold})
         return threshold
 
     def _read(self, image: Any, generator: Any) -> torch.Tensor:
@@ -284,14 +296,24 @@ class AnomalyDetectionPipeline(DenoiserPipeline):
         return batch
 
 
-def _settings(
-    strength: float, num_inference_steps: int, num_samples: int, noise: Any, score: str, smoothing: float
-) -> dict[str, Any]:
-    """Returns what a threshold holds for."""
-    if isinstance(noise, SimplexNoise):
-        noise = f"simplex {noise.frequency:g}, {noise.octaves} octaves, {noise.persistence:g}"
-    return {"strength": strength, "num_inference_steps": num_inference_steps, "num_samples": num_samples,
-            "noise": noise, "score": score, "smoothing": smoothing}  # fmt: skip
+def call_settings(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the settings of a call with the defaults of those that are not given, and the same as plain values.
+
+    Raises:
+        ValueError: one has another name.
+    """
+    for name in given:
+        if name not in SETTINGS:
+            raise ValueError(f"`settings` must be among {list(SETTINGS)}, got {name!r}.")
+    whole = {**SETTINGS, **given}
+    return whole, {**whole, "noise": _described(whole["noise"])}
+
+
+def _described(noise: str | SimplexNoise) -> str:
+    if not isinstance(noise, SimplexNoise):
+        return noise
+    amplitudes = ", ".join(f"{a:.4g}" for a in noise.amplitudes)
+    return f"simplex {noise.frequency:g}: {amplitudes}"
 
 
 def _where(mask: Any, images: torch.Tensor) -> torch.Tensor | None:

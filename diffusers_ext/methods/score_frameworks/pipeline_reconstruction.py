@@ -161,9 +161,8 @@ class ReconstructionPipeline(DenoiserPipeline):
             ValueError: an argument is wrong; the message names it.
         """
         self.check_inputs(operator, noise_std, method, eta, data_variance)
-        names = self._check_call(
-            num_inference_steps, num_samples, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs
-        )
+        self._check_counts(num_inference_steps, num_samples)
+        names = self._check_call(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         device = self._execution_device
         measurement = measurement.to(device) if isinstance(measurement, torch.Tensor) else measurement
         shape = operator.check(measurement)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-__all__ = ["VolumeSlices", "open_volume", "read_slices"]
+__all__ = ["VolumeSlices", "count_slices", "open_volume", "read_slices"]
 
 AXES = ("sagittal", "coronal", "axial")
 RAS = np.array([[0, 1], [1, 1], [2, 1]])  # nibabel's words for axes to the right, the front and the head
@@ -92,7 +92,7 @@ def _checked(volume: Any, name: str) -> Any:
     from nibabel.affines import voxel_sizes
     from nibabel.funcs import squeeze_image
 
-    volume = squeeze_image(volume)
+    volume = volume if volume.ndim == 3 else squeeze_image(volume)
     if volume.ndim != 3:
         raise ValueError(f"`volume` must have three dimensions, got {tuple(volume.shape)} in {name}.")
     if volume.get_data_dtype().kind not in "biuf":
@@ -101,6 +101,19 @@ def _checked(volume: Any, name: str) -> Any:
     if not (np.isfinite(sizes).all() and sizes.min() > 0 and np.linalg.matrix_rank(volume.affine[:3, :3]) == 3):
         raise ValueError(f"`volume` must have voxels of three sizes > 0, got {sizes.tolist()} in {name}.")
     return volume
+
+
+def count_slices(volume: Any, axis: str) -> int:
+    """Returns how many slices an opened volume has across an axis."""
+    from nibabel.orientations import io_orientation
+
+    return int(volume.shape[list(io_orientation(volume.affine)[:, 0]).index(_normal(axis))])
+
+
+def _normal(axis: str) -> int:
+    if axis not in AXES:
+        raise ValueError(f"`axis` must be one of {list(AXES)}, got {axis!r}.")
+    return AXES.index(axis)
 
 
 def read_slices(
@@ -135,8 +148,7 @@ def read_slices(
         >>> slices.images.shape, slices.field_of_view, slices.restore(slices.images).shape
         (torch.Size([4, 1, 16, 16]), 30.0, (20, 30, 4))
     """
-    if axis not in AXES:
-        raise ValueError(f"`axis` must be one of {list(AXES)}, got {axis!r}.")
+    normal = _normal(axis)
     if isinstance(size, bool) or not (isinstance(size, int) and size >= 1):
         raise ValueError(f"`size` must be an integer >= 1, got {size!r}.")
     if not 0 < percentile <= 100:
@@ -158,7 +170,6 @@ def read_slices(
     top = 1.0 if categories else float(np.percentile(values, percentile))
     if not top > 0:
         raise ValueError(f"`percentile` must be one at which the volume is > 0, got {percentile!r} with {top:.4g}.")
-    normal = AXES.index(axis)
     # Rows run downwards: against the second of the two axes that are left.
     planes = torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, normal, 0))).movedim(1, 2).flip(1)[:, None]
     sizes = [float(mm) for i, mm in enumerate(voxel_sizes(upright.affine)) if i != normal]
