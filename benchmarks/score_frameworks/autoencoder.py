@@ -66,7 +66,7 @@ def autoencoder(seed):
             print(f"seed {seed}, epoch {epoch + 1} of {EPOCHS}: {sum(losses) / len(losses):.5f}", flush=True)
         RUNS.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".tmp")
-        save_file(model.state_dict(), partial)
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, partial)
         partial.replace(path)
     model.load_state_dict(load_file(path))
     return model.eval()
