@@ -119,7 +119,8 @@ METHODS = {
             "undersampled k-space. For research, not for diagnosis."
         ),
         "headline": (
-            "A DDPM as a VE process: {frameworks[fd_ve_over_ddpm]} times DDPM's Frechet distance after 100 calls."
+            "A DDPM as a VE process: {frameworks[fd_ve_over_ddpm]} times DDPM's Frechet distance after 100 calls. "
+            "Foreign patches: {anomalies[map_over_pca]:.1f} times the average precision of principal components."
         ),
     },
     "sda": {

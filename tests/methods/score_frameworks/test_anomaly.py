@@ -159,3 +159,9 @@ def test_bad_calibration_is_refused(pipeline):
     ):
         with pytest.raises(ValueError, match=message):
             pipeline.calibrate(IMAGES, **options)
+
+
+def test_schedules_without_a_largest_level_are_refused():
+    zero = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
+    with pytest.raises(ValueError, match="not a schedule of zero terminal SNR"):
+        make(zero)(IMAGES)
