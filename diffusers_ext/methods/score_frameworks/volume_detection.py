@@ -93,13 +93,13 @@ def detect_in_volumes(
         require(good, name, value, f"an integer >= {least}")
     channels = pipeline.unet.config.in_channels
     require(channels == 1, "pipeline", f"{channels} channels", "one whose network takes 1 channel")
-    size = pipeline.unet.config.sample_size if size is None else size
-    require(isinstance(size, int) and size >= 1, "size", size, "an integer >= 1")
-    pipeline._check_images((1, 1, size, size), "size", None)
+    side: Any = pipeline.unet.config.sample_size if size is None else size
+    require(isinstance(side, int) and side >= 1, "size", side, "an integer >= 1")
+    pipeline._check_images((1, 1, side, side), "size", None)
     threshold = settings.pop("threshold", None)
     call, described = call_settings(settings)
     limit = pipeline.check_inputs(threshold=threshold, **call)
-    slicing = {"size": size, "axis": axis, "field_of_view": field_of_view, "percentile": percentile}
+    slicing: dict[str, Any] = {"size": side, "axis": axis, "field_of_view": field_of_view, "percentile": percentile}
     folder = Path(output_dir)
     decisive = {"pipeline": _digest(pipeline), **slicing, "seed": seed, **described, "threshold": limit}
     check_settings(folder, decisive, write=False)
