@@ -187,7 +187,8 @@ def training_ratio():
             use_ema=False,
             checkpointing_steps=10**9, num_validation_images=0,
         )  # fmt: skip
-        stretches = Stretches(bare_loop(unet(32, 6, (32, 48)).train(), observations, parameters, model), CLOCK)
+        network = unet(32, 6, (32, 48)).train()
+        stretches = Stretches(lambda trainer: bare_loop(network, observations, parameters, model), CLOCK)
         Trainer(config, ForwardModelRecipe(config, model), [stretches]).train()
     ratios = [a / b for a, b in zip(stretches.ours[1:], stretches.other[1:], strict=True)]
     quartiles = statistics.quantiles(ratios, n=4)

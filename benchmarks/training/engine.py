@@ -6,6 +6,7 @@ Both train the same UNet on the same 28x28 digits on one thread, without an aver
 and pictures off. Loops take turns in short stretches, so that a slow moment of the machine hits both.
 """
 
+import copy
 import statistics
 import tempfile
 import time
@@ -25,10 +26,10 @@ BATCH, STRETCH, ROUNDS = 16, 12, 14  # a step of this batch takes 30 to 50 ms
 
 
 class Stretches(Callback):
-    """Runs the other loop after every stretch of ours, and times both."""
+    """Runs the other loop after every stretch of ours, and times both; `make_bare(trainer)` returns that loop."""
 
-    def __init__(self, bare, clock=time.perf_counter):
-        self.bare, self.clock, self.ours, self.other = bare, clock, [], []
+    def __init__(self, make_bare, clock=time.perf_counter):
+        self.make_bare, self.clock, self.ours, self.other = make_bare, clock, [], []
 
     def on_step_end(self, trainer):
         if trainer.step % STRETCH == 0:
@@ -38,6 +39,7 @@ class Stretches(Callback):
             self.begin = self.clock()
 
     def on_start(self, trainer):
+        self.bare = self.make_bare(trainer)
         self.begin = self.clock()
 
 
@@ -73,8 +75,6 @@ def bare_loop(unet):
 
 
 def step_ratio():
-    import copy
-
     with tempfile.TemporaryDirectory() as folder:
         config = ImmiscibleConfig(
             train_data_dir=str(DIGITS),
@@ -89,10 +89,7 @@ def step_ratio():
             checkpointing_steps=10**9,
             num_validation_images=0,
         )
-        recipe = ImmiscibleRecipe(config)
-        trainer = Trainer(config, recipe)
-        trainer._start()
-        stretches = Stretches(bare_loop(copy.deepcopy(trainer.ctx.modules.trainable)))
+        stretches = Stretches(lambda trainer: bare_loop(copy.deepcopy(trainer.ctx.modules.trainable)))
         Trainer(config, ImmiscibleRecipe(config), [stretches]).train()
     # The first stretch warms up. Neighbouring stretches are compared, then the middle of the ratios taken.
     ratios = [a / b for a, b in zip(stretches.ours[1:], stretches.other[1:], strict=True)]

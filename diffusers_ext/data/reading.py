@@ -153,5 +153,8 @@ def _batch(image: Any, name: str, channels: int | None, dtype: torch.dtype) -> t
     wanted = (1, 3) if channels is None else (channels,)
     if tensor.ndim != 4 or tensor.shape[1] not in wanted or tensor.numel() == 0:
         accepted = " or ".join(str(n) for n in wanted)
-        raise ValueError(f"`{name}` must hold images of {accepted} channels, got the shape {tuple(shape or ())}.")
+        place = ", the last axis of three or four" if isinstance(image, np.ndarray) else ""
+        raise ValueError(
+            f"`{name}` must hold images of {accepted} channels{place}, got the shape {tuple(shape or ())}."
+        )
     return unit_range(tensor, name, dtype)

@@ -18,7 +18,7 @@ from .exact import check_noise_levels, check_value_range, exact_pixels, opened
 from .folder import open_folder
 from .reading import eight_bits, pixels_of
 
-__all__ = ["ImageDataset", "ImageStream", "load_images"]
+__all__ = ["ImageDataset", "ImageStream", "load_images", "read_rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -387,7 +387,7 @@ def load_images(
         file = path.stat()
         fingerprint = f"{path.resolve()} {file.st_size} {file.st_mtime_ns} {len(rows)}"
     else:
-        rows, said = _read(dataset_name, path, dataset_config_name, split, streaming, require_captions)
+        rows, said = read_rows(dataset_name, path, dataset_config_name, split, streaming, require_captions)
         rows, names, label_column, classes = _columns(rows, image_column, label_column, caption_column)
         if sigma_column in names and not streaming:
             check_noise_levels(rows[sigma_column][:], str(sigma_column), len(rows))
@@ -411,15 +411,27 @@ def load_images(
     return ImageStream(rows, require_captions, **options) if streaming else ImageDataset(rows, **options)
 
 
-def _read(
+def read_rows(
     dataset_name: str | None,
     path: Path | None,
     config_name: str | None,
     split: str,
-    streaming: bool,
-    strict: bool,
+    streaming: bool = False,
+    strict: bool = False,
 ) -> tuple[Any, str]:
-    """Opens a split with `datasets`; returns the rows and what is to be said of them beside their number."""
+    """Opens a split with `datasets`; returns the rows and what is to be said of them beside their number.
+
+    Args:
+        dataset_name: the data set's name on the Hub.
+        path: instead of it a folder that `save_to_disk` wrote, one of images or parquet files, or a parquet file.
+        config_name: the Hub data set's configuration.
+        split: its part.
+        streaming: open it as a stream.
+        strict: refuse images that the metadata leaves out.
+
+    Raises:
+        ValueError: there is no such split, or nothing that can be read.
+    """
     import datasets
 
     options: dict[str, Any] = {"split": split, "streaming": streaming}

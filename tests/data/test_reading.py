@@ -127,6 +127,10 @@ def test_arrays_and_tensors():
         (EIGHT.astype(np.float32), r"`image` must lie in \[0, 1\], got values from 0 to 255"),
         (np.full((2, 2), np.nan), "`image` must be finite"),
         (np.zeros((0, 2)), "`image` must hold images of 1 channels"),
+        (
+            np.zeros((5, 4, 4)),
+            r"`image` must hold images of 1 channels, the last axis of three or four, got .*5, 4, 4",
+        ),
         (np.zeros(3), "`image` must hold arrays of shape"),
         (np.array([["a"]]), "`image` must hold uint8 or floats"),
         ([], "`image` must hold at least one image"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from diffusers_ext.data.sources import read_rows
 from diffusers_ext.rng import mix
 from diffusers_ext.training.config import require
 
@@ -25,7 +26,7 @@ PREFIX = "parameters."
 class ObservationDataset:
     """Observations of signals, several of each, with the parameters of each observation.
 
-    They are read from a `.npz` file of arrays, or by Hugging Face `datasets` from a saved data set, a parquet file or
+    They are read from a `.npz` file of arrays, or by Hugging Face `datasets` from a saved data set, parquet files or
     the Hub: `observations` `(n, views, ...)` and `parameters` `(n, views, ...)`, or `parameters.NAME` for each of
     several. Items are dicts of `observations` `(views, ...)` in float32 and `parameters`, a tensor or a dict of them.
 
@@ -55,8 +56,7 @@ class ObservationDataset:
     ) -> None:
         path = Path(source)
         columns = _arrays(path) if path.suffix == ".npz" else _columns(str(source), config_name, split)
-        if "observations" not in columns:
-            raise ValueError(f"`train_data_dir` must hold 'observations', got {str(source)!r} with {sorted(columns)}.")
+        _check_names(columns, str(source))
         observations = columns["observations"][:max_samples]
         shape: tuple[int, ...] = tuple(observations.shape)
         require(len(shape) >= 3 and min(shape) >= 1, "observations", shape, "of shape (n, views, ...)")
@@ -100,6 +100,14 @@ class ObservationDataset:
         }
 
 
+def _check_names(names: Iterable[str], source: str) -> None:
+    if "observations" not in names:
+        raise ValueError(
+            f"`train_data_dir` must hold 'observations', got {source!r} with {sorted(names)}: images, which are seen "
+            "through the forward model, need `simulated_views`."
+        )
+
+
 def _narrow(values: torch.Tensor) -> torch.Tensor:
     return values.float() if values.dtype == torch.float64 else values
 
@@ -119,17 +127,11 @@ def _arrays(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _columns(source: str, config_name: str | None, split: str) -> dict[str, torch.Tensor]:
-    import datasets
-
     path = Path(source)
-    if path.suffix == ".parquet":
-        require(path.is_file(), "train_data_dir", source, "an existing file")
-        rows: Any = datasets.load_dataset("parquet", data_files=source, split=split)
-    elif path.is_dir():
-        rows = datasets.load_from_disk(source)
-        rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
-    else:
-        rows = datasets.load_dataset(source, config_name, split=split)
+    local = path.exists() or path.suffix == ".parquet"
+    require(path.exists() or not local, "train_data_dir", source, "an existing file")
+    rows, _ = read_rows(None if local else source, path if local else None, config_name, split)
+    _check_names(rows.column_names, source)
     found = {}
     for name in rows.column_names:
         wanted = name in ("observations", "parameters") or name.startswith(PREFIX)
@@ -142,7 +144,10 @@ def _columns(source: str, config_name: str | None, split: str) -> dict[str, torc
             try:
                 found[key] = torch.as_tensor(np.asarray(part))
             except (TypeError, ValueError) as error:
-                raise ValueError(f"`{key}` must be numbers of one shape in every row: {error}") from error
+                raise ValueError(
+                    f"`{key}` must be numbers, of one shape in every row; several parameters of a view are columns "
+                    f"'{PREFIX}NAME'."
+                ) from error
     return found
 
 

@@ -113,7 +113,7 @@ class ForwardModelPipeline(SafePipeline):
         unet: Any,
         scheduler: SchedulerMixin,
         forward_model: ForwardModel,
-        signal_range: Sequence[float] | None = None,
+        signal_range: Sequence | None = None,
         observation_scale: float = 1.0,
         context_noise: float = 0.0,
         null_context: bool = False,
@@ -128,7 +128,10 @@ class ForwardModelPipeline(SafePipeline):
         require(context_noise >= 0, "context_noise", context_noise, "a number >= 0")
         if scheduler is not None:
             check_scheduler(scheduler)
-        accepted = "handed over, `from_pretrained(..., forward_model=...)`: it is of a class outside of this package"
+        accepted = (
+            "handed over, `from_pretrained(REPO, forward_model=CLASS.from_pretrained(REPO, "
+            "subfolder='forward_model'))`: it is of a class outside of this package"
+        )
         require(type(forward_model) is not ForwardModel, "forward_model", "ForwardModel", accepted)
         self.register_modules(unet=unet, scheduler=scheduler, forward_model=forward_model)
         if forward_model is not None and type(forward_model).__module__ != "diffusers_ext":
@@ -179,6 +182,8 @@ class ForwardModelPipeline(SafePipeline):
         accepted = "1 for a network that was not trained without context (`null_context`)"
         unguided = self._guidance_scale == 1.0
         require(unguided or self.config["null_context"], "guidance_scale", self._guidance_scale, accepted)
+        accepted = "1 for a regression, which estimates signals at once"
+        require(unguided or not self.config["regression"], "guidance_scale", self._guidance_scale, accepted)
 
     @torch.no_grad()
     def render(self, signals: torch.Tensor, parameters: Parameters) -> torch.Tensor:
@@ -217,9 +222,10 @@ class ForwardModelPipeline(SafePipeline):
         require(output_type in OUTPUT_TYPES, "output_type", output_type, f"one of {list(OUTPUT_TYPES)}")
         if output_type == "pil":
             shape = self.signal_shape
-            good = len(shape) == 3 and shape[0] in (1, 3) and self.config["signal_range"] is not None
-            accepted = "'pt' or 'np' where signals are no images, or have no `signal_range`"
-            require(good, "output_type", output_type, accepted)
+            good = len(shape) == 3 and shape[0] in (1, 3)
+            require(good, "output_type", output_type, f"'pt' or 'np' for signals that are no images, of shape {shape}")
+            accepted = "'pt' or 'np' until black and white are known, `from_pretrained(REPO, signal_range=[0.0, 1.0])`"
+            require(self.config["signal_range"] is not None, "output_type", output_type, accepted)
 
     def _target_parameters(self, given: Any, batch: int, num_samples: int, num_views: int, generator: Any) -> Any:
         """Returns `(batch * num_samples, views, ...)` parameters, drawn by the forward model unless given."""
@@ -267,7 +273,8 @@ class ForwardModelPipeline(SafePipeline):
             num_inference_steps: scheduler steps, of each view when autoregressive; few make too little variance.
             eta: DDIM's eta, for schedulers that take it; 0 is deterministic given the latents.
             guidance_scale: w of u + w (c - u), where c and u are the denoised observations with and without context;
-                1 turns it off. The returned signal is then that of a further call, whose context has the guided views.
+                1 turns it off, as it must where no view has a context. The returned signal is then that of a further
+                call, whose context has the guided views.
             context_noise: standard deviation of the noise that sampled views get when they join the context, by
                 default the pipeline's.
             num_samples: signals for each context; those of one context stand together in the result.
@@ -323,6 +330,8 @@ class ForwardModelPipeline(SafePipeline):
         chunks = {"autoregressive": [[v] for v in every], "joint": [every], "single": [[0]]}[sampling]
         if self.config["regression"]:
             chunks, num_inference_steps = [[0]], 1
+        some = guidance_scale == 1.0 or observations is not None or len(chunks) > 1
+        require(some, "guidance_scale", guidance_scale, "1 without `observations` or further views for a context")
         self._warn_of_views(views, chunks, guidance_scale != 1.0)
         self._num_timesteps, step = 0, 0
         signals: Any = None

@@ -34,9 +34,13 @@ __all__ = ["ForwardModelRecipe"]
 SNIPPET = """import diffusers_ext  # pip install diffusers-ext
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{repo_id}")
+LOAD
 # yours: observations (batch, views, ...) and the parameters of each of them
 signals = pipeline(observations, parameters, num_samples=4, eta=1.0).signals"""
+LOAD = 'pipeline = DiffusionPipeline.from_pretrained("{repo_id}")'
+LOAD_OWN = """# KIND: the forward model's class, which the author of this repo wrote
+forward_model = KIND.from_pretrained("{repo_id}", subfolder="forward_model")
+pipeline = DiffusionPipeline.from_pretrained("{repo_id}", forward_model=forward_model)"""
 
 
 class ForwardModelRecipe(Recipe[ForwardModelConfig]):
@@ -64,8 +68,9 @@ class ForwardModelRecipe(Recipe[ForwardModelConfig]):
         super().__init__(config)
         if (forward_model is None) == (config.forward_model is None):
             raise ValueError(
-                "exactly one of `config.forward_model` and the recipe's own `forward_model` must be given, got "
-                f"{config.forward_model!r} and {type(forward_model).__name__}."
+                "`forward_model` must be given once, by name or folder, or one of your own as "
+                f"`ForwardModelRecipe(config, forward_model)`, got {config.forward_model!r} and "
+                f"{type(forward_model).__name__}."
             )
         self.forward_model = self._named() if forward_model is None else forward_model
         self.signal_shape, self.signal_range = config.shape(), config.range()
@@ -78,6 +83,8 @@ class ForwardModelRecipe(Recipe[ForwardModelConfig]):
             require(config.forward_model_config is None, "forward_model_config", config.forward_model_config,
                     "left out with a saved forward model")  # fmt: skip
             name = json.loads((folder / "config.json").read_text()).get("_class_name", "")
+            accepted = "of this package, or handed over in Python, `ForwardModelRecipe(config, forward_model)`"
+            require(name in diffusers_ext.__all__, "forward_model", f"{folder} with {name}", accepted)
         kind = getattr(diffusers_ext, name, None) if name in diffusers_ext.__all__ else None
         accepted = "the folder of a saved forward model, or a shipped one such as 'CropForwardModel'"
         good = isinstance(kind, type) and issubclass(kind, ForwardModel) and kind is not ForwardModel
@@ -97,6 +104,8 @@ class ForwardModelRecipe(Recipe[ForwardModelConfig]):
             self.data = SimulatedObservations(images, own, views, ends, config.seed)
         else:
             source, name = config.train_data_dir or config.dataset_name, config.dataset_config_name
+            there = config.train_data_dir is None or Path(config.train_data_dir).exists()
+            require(there, "train_data_dir", config.train_data_dir, "an existing file or folder")
             self.data = ObservationDataset(str(source), name, max_samples=config.max_train_samples)
             parameters = map_parameters(lambda value: value.flatten(0, 1), self.data.parameters)
             self.forward_model.check_parameters(parameters)
@@ -258,6 +267,7 @@ class ForwardModelRecipe(Recipe[ForwardModelConfig]):
     def card(self) -> RepoCard:
         """Returns the card."""
         name = type(self.forward_model).__name__
+        load = LOAD if type(self.forward_model).__module__ == "diffusers_ext" else LOAD_OWN.replace("KIND", name)
         what = "the mean signal" if self.config.regression else "signals"
         return RepoCard(
             method="Diffusion with forward models",
@@ -266,7 +276,7 @@ class ForwardModelRecipe(Recipe[ForwardModelConfig]):
             data=f"{self.data.description}.",
             tags=["diffusers-ext", "inverse-problems"],
             paper="https://arxiv.org/abs/2306.11719",
-            snippet=SNIPPET,
+            snippet=SNIPPET.replace("LOAD", load),
         )
 
 

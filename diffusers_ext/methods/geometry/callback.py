@@ -59,7 +59,20 @@ class SteinResidualCallback(Callback):
         self.residual: SteinResidual | None = None
 
     def on_start(self, trainer: Run) -> None:
-        """Cuts what lies after the checkpoint that the run goes on from."""
+        """Cuts what lies after the checkpoint that the run goes on from.
+
+        Raises:
+            ValueError: what is trained is no denoiser of images that takes no text.
+        """
+        data = getattr(trainer.recipe, "data", None)
+        item = data.get(0, torch.Generator()) if hasattr(data, "get") else {}
+        with trainer.exported_pipeline() as pipeline:
+            text = hasattr(pipeline, "tokenizer")
+        if text or "pixel_values" not in item:
+            raise ValueError(
+                f"`callbacks` must be without SteinResidualCallback for {type(trainer.recipe).__name__}: it measures "
+                "denoisers of images that take no text."
+            )
         path = Path(trainer.config.output_dir) / "stein_residual.jsonl"
         if trainer.accelerator.is_main_process and path.is_file():
             lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= trainer.step]

@@ -150,7 +150,7 @@ def local_dimension(
         x: `(images, ...)` clean samples.
         method: one of the six.
         sigmas: rising noise levels; by default 25 log-spaced ones over the scheduler's. `"lidl"` takes two or more.
-        num_draws: noises (or probes) an image and level; by default 32, for `"normal_bundle"` 8 D.
+        num_draws: noises (or probes) an image and level; by default 32, for `"normal_bundle"` 8 D, and D or more.
         batch_size: rows in one call.
         generator: source of randomness. An image has the same noises at all levels.
         residual: the Stein residual of a data set at the same sigmas, which tells where the field is no score. `"dsm"`
@@ -169,7 +169,9 @@ def local_dimension(
     if dim > LARGEST.get(method, dim):
         raise ValueError(f"`x` must have at most {LARGEST[method]} values an image for {method!r}, got {dim}.")
     draws = num_draws if num_draws is not None else 8 * dim if method == "normal_bundle" else 32
-    check_images(field, x, batch_size, num_draws=(draws, 2), num_steps=(num_steps, 2))
+    # Fewer rows than values span no more, and what they leave would count as directions of the data.
+    least = dim if method == "normal_bundle" else 2
+    check_images(field, x, batch_size, num_draws=(draws, least), num_steps=(num_steps, 2))
     levels = check_sigmas(field, sigmas)
     if method == "lidl" and len(levels) < 2:
         raise ValueError(f"`sigmas` must be two or more for 'lidl', which takes a slope, got {levels}.")

@@ -139,6 +139,9 @@ def _load(config: InspectConfig) -> tuple[ScoreField, torch.Tensor, float]:
     if unet is None or hasattr(pipe, "tokenizer"):
         raise ValueError(f"`prompt` must be given for {type(pipe).__name__}, got None.")
     vae = getattr(pipe, "vae", None)
+    known = "in_channels" in unet.config and (vae is not None or unet.config.in_channels in (1, 3))
+    accepted = "a pipeline whose network denoises grey or colour images, or latents"
+    require(known, "repo", f"{config.repo} with {type(pipe).__name__}", accepted)
     channels = unet.config.in_channels if vae is None else vae.config.in_channels
     factor = latent_factor(vae) * 2 ** (len(unet.config.block_out_channels) - 1)
     require(not (size or 0) % factor, "resolution", size, f"a multiple of {factor}: the networks halve it that often")

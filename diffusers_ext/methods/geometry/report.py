@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,8 @@ def summary(records: list[dict[str, Any]], sigmas: list[float], dim: int) -> Ins
             curves = torch.tensor([r[name]["curve"] for r in records], dtype=torch.float64)
             own = masked if masked is not None and len(at) == len(sigmas) else None
             _dimension(figures, lines, name, at, curves, dim, own)
+            pairs = (f"{value:.1f} at {sigma:.3g}" for sigma, value in zip(at, curves.mean(0), strict=True))
+            lines += textwrap.wrap(f"{name} by sigma: {', '.join(pairs)}", 100, subsequent_indent="  ")
     if "gauge" in records[0]:
         at = records[0]["gauge"]["sigmas"]
         values, norms = (

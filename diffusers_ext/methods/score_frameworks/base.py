@@ -37,6 +37,22 @@ class DenoiserPipeline(SafePipeline):
         self.register_to_config(image_scale=image_scale)
         self._num_timesteps, self._interrupt = 0, False
 
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """Makes a pipeline of another's parts, as Diffusers does.
+
+        Raises:
+            ValueError: the other's network is conditional, or one of latents.
+        """
+        unet, vae = kwargs.get("unet", getattr(pipeline, "unet", None)), getattr(pipeline, "vae", None)
+        if not isinstance(unet, UNet2DModel) or vae is not None:
+            found = f"{type(unet).__name__}{'' if vae is None else ' of latents'}"
+            raise ValueError(
+                f"`pipeline` must have an unconditional UNet2DModel of pixels for {cls.__name__}, got "
+                f"{type(pipeline).__name__} with {found}."
+            )
+        return super().from_pipe(pipeline, **kwargs)
+
     @property
     def num_timesteps(self) -> int:
         """The number of steps of the present call."""

@@ -43,6 +43,8 @@ def corrected(
     The estimate's error is taken as \(r^2 = v \sigma^2 / (v + \sigma^2)\), as of N(0, v) data. `"proximal"` adds what
     the measurement asks; `"pigdm"` (Song et al., "Pseudoinverse-guided diffusion models", 2023) adds its gradient
     through the network, \(b^2/a\, J^T\) of it over r^2, so that pixels that are told by their neighbours move too.
+    Where data vary more than v that is too long, and would grow from step to step: it is cut to the length of what
+    the measurement asks.
 
     Args:
         x: `(batch, ...)` noisy samples, on the network's scale.
@@ -60,8 +62,11 @@ def corrected(
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         clean = estimator(x, sigma)
-        push = torch.autograd.grad(clean, x, solve(clean.detach(), error) / error)[0]
-    return clean.detach() + b**2 / a * push
+        asked = solve(clean.detach(), error)
+        push = torch.autograd.grad(clean, x, asked / error)[0] * (b**2 / a)
+    longest, length = (torch.linalg.vector_norm(v.flatten(1), dim=1) for v in (asked, push))
+    share = (longest / length.clamp(min=torch.finfo(length.dtype).tiny)).clamp(max=1)
+    return clean.detach() + push * share.view(-1, *[1] * (push.ndim - 1))
 
 
 class ReconstructionPipeline(DenoiserPipeline):

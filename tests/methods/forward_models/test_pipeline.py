@@ -254,7 +254,11 @@ def test_wrong_arguments_are_named_before_any_call():
         ((seen, corners), {"context_noise": -1.0}, "`context_noise` must be a number >= 0, got -1.0"),
         ((seen, corners), {"latents": torch.zeros(2, 1, 1, 4, 4)}, "`latents` must be of shape (2, 3, 1, 4, 4), got"),
         ((seen, corners), {"generator": [seeded()]}, "`generator` must be one generator or a list of 2"),
-        ((seen, corners), {"output_type": "pil"}, "`output_type` must be 'pt' or 'np' where signals are no images"),
+        (
+            (seen, corners),
+            {"output_type": "pil"},
+            "`output_type` must be 'pt' or 'np' until black and white are known",
+        ),
         ((seen, corners), {"output_type": "jpg"}, "`output_type` must be one of"),
         ((seen, corners), {"target_parameters": outside}, "`parameters` must be whole numbers from (0, 0) to (4, 4)"),
         ((seen, corners), {"target_parameters": corners[:1]}, "`target_parameters` must be of shape (2, views, ...)"),
@@ -262,6 +266,13 @@ def test_wrong_arguments_are_named_before_any_call():
     for given, changes, message in wrong:
         with pytest.raises(ValueError, match=re.escape(message)):
             pipeline(*given, **changes)
+    guided = crops(null_context=True)  # without a context there is nothing to guide by
+    for changes in ({"num_views": 1}, {"sampling": "joint"}, {"sampling": "single"}):
+        with pytest.raises(ValueError, match="`guidance_scale` must be 1 without `observations` or further views"):
+            guided(guidance_scale=2.0, **changes)
+    mean = crops(null_context=True, regression=True)
+    with pytest.raises(ValueError, match="`guidance_scale` must be 1 for a regression"):
+        mean(seen, corners, guidance_scale=2.0)
     pipeline.scheduler = scheduler(prediction_type="epsilon")
     with pytest.raises(ValueError, match="`prediction_type` must be 'sample' in DDIMScheduler"):
         pipeline(seen, corners)

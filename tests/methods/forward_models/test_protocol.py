@@ -1,25 +1,18 @@
 """What every forward model keeps: a user's own ones, saving and loading, refusals by name."""
 
-import sys
-
 import pytest
 import torch
 from diffusers import AutoencoderKL
 
 from diffusers_ext import (
-    BlurForwardModel,
     CropForwardModel,
     DownsampleForwardModel,
     ForwardModel,
     GeneratorForwardModel,
-    MaskForwardModel,
     ProjectionForwardModel,
-    VolumeForwardModel,
-    WarpForwardModel,
     check_differentiable,
     map_parameters,
 )
-from tests.processes import run
 
 
 class Square(ForwardModel):
@@ -104,60 +97,22 @@ def test_what_nothing_can_be_learned_from_is_refused_by_name(model, message):
             model.lift(torch.zeros(2, 1, 4, 4), GAIN, (3, 4, 4))
 
 
-@pytest.fixture(scope="module")
-def every():
+def test_an_autoencoders_latents_are_scaled_as_a_diffusion_model_has_them(tmp_path):
     torch.manual_seed(0)
     vae = AutoencoderKL(
         1, 1, ("DownEncoderBlock2D",), ("UpDecoderBlock2D",), (8,), norm_num_groups=4, shift_factor=0.5
     )
-    return {
-        "crop": (CropForwardModel((4, 2), 8), (1, 8, 8)),
-        "mask": (MaskForwardModel(8, 0.4), (1, 8, 8)),
-        "blur": (BlurForwardModel(0.9, 2), (1, 8, 8)),
-        "downsample": (DownsampleForwardModel(2), (1, 8, 8)),
-        "projection": (ProjectionForwardModel(6, 1.2, 12), (1, 8, 8)),
-        "volume": (VolumeForwardModel([4, 6], 5, 0.5, 3.0, [0.1, 0.2], 2.0, field_of_view=0.9), (3, 4, 4, 4)),
-        "warp": (WarpForwardModel(2.0), (2, 3, 3)),
-        "generator": (GeneratorForwardModel(vae, CropForwardModel(4, 8)), (4, 8, 8)),
-        "generator alone": (GeneratorForwardModel(vae), (4, 8, 8)),
-    }
-
-
-LOADS = """
-import sys, torch, diffusers_ext
-for name, (kind, folder) in torch.load(sys.argv[1] + "/kinds.pt").items():
-    model = getattr(diffusers_ext, kind).from_pretrained(folder)
-    given = torch.load(folder + "/given.pt")
-    assert torch.equal(model(given["signal"], given["parameters"]), given["seen"]), name
-    assert model.dtype == torch.float32 and not model.training, name
-    assert str(model.from_pretrained(folder, torch_dtype=torch.bfloat16).dtype) == "torch.bfloat16", name
-print("all")
-"""
-
-
-def test_every_forward_model_loads_in_a_fresh_process(every, tmp_path):
-    kinds = {}
-    for name, (model, shape) in every.items():
-        folder, draws = tmp_path / name, torch.Generator().manual_seed(0)
-        model.save_pretrained(folder)
-        images = name == "warp"
-        parameters = torch.rand(2, 1, 8, 8, generator=draws) if images else model.sample_parameters(2, draws)
-        signal = torch.rand(2, *shape, generator=draws)
-        with torch.no_grad():
-            seen = model(signal, parameters)
-        torch.save({"signal": signal, "parameters": parameters, "seen": seen}, folder / "given.pt")
-        kinds[name] = (type(model).__name__, str(folder))
-    torch.save(kinds, tmp_path / "kinds.pt")
-    done = run([sys.executable, "-c", LOADS, str(tmp_path)])
-    assert done.stdout.strip().endswith("all"), done.stderr
-
-
-def test_an_autoencoders_latents_are_scaled_as_a_diffusion_model_has_them(every):
-    model, _ = every["generator alone"]
+    model = GeneratorForwardModel(vae)
     latents = torch.rand(2, 4, 8, 8)
+    model.save_pretrained(tmp_path)
+    again = GeneratorForwardModel.from_pretrained(tmp_path)
+    assert again.then is None
     with torch.no_grad():
-        expected = model.decoder.decode(latents / model.decoder.config.scaling_factor + 0.5).sample
+        expected = vae.decode(latents / vae.config.scaling_factor + 0.5).sample
         assert torch.equal(model(latents, torch.zeros(2, 0)), expected)
+        assert torch.equal(again(latents, torch.zeros(2, 0)), expected)
+    half = GeneratorForwardModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert (half.dtype, half.decoder.dtype) == (torch.bfloat16, torch.bfloat16)
 
 
 def test_a_plain_module_as_generator_is_not_saved_but_passed(tmp_path):

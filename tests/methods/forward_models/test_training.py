@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from diffusers_ext import (
     CropForwardModel,
@@ -236,6 +237,10 @@ def test_with_everything_seen_a_step_is_that_of_plain_diffusion(data, tmp_path):
     objective = EpsX0V(recipe.objective.scheduler)
     noisy, target = objective.make(images[:, 0], noise, t)
     assert torch.equal(loss, objective.loss(network.unet(noisy, t).sample, target, t))
+    # A forward model of one's own is handed over where the repo is used.
+    card = recipe.card().render("you/repo")
+    assert 'forward_model = Everything.from_pretrained("you/repo", subfolder="forward_model")' in card
+    assert 'DiffusionPipeline.from_pretrained("you/repo", forward_model=forward_model)' in card
 
 
 # ---------------------------------------------------------------- data
@@ -248,7 +253,9 @@ def test_observations_by_columns_and_by_array(data, tmp_path):
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
     flat = {"observations": seen.tolist(), "parameters.corner": corners.tolist()}
     datasets.Dataset.from_dict(flat).to_parquet(tmp_path / "views.parquet")
-    for source in (tmp_path / "saved", tmp_path / "views.parquet"):
+    (tmp_path / "clone" / "data").mkdir(parents=True)  # as a clone of a data set's repo
+    datasets.Dataset.from_dict(flat).to_parquet(tmp_path / "clone" / "data" / "train-00000-of-00001.parquet")
+    for source in (tmp_path / "saved", tmp_path / "views.parquet", tmp_path / "clone"):
         item = ObservationDataset(source, max_samples=5)[3]
         torch.testing.assert_close(item["observations"], seen[3])
         assert torch.equal(item["parameters"]["corner"], corners[3])
@@ -320,10 +327,19 @@ def test_wrong_arguments_are_named(data, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             config(data, tmp_path / "run", **changes)
+    Blind().save_pretrained(tmp_path / "own")
+    (tmp_path / "pictures").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "pictures" / "one.png")
+    structs = {"observations": [[[1.0]]], "parameters": [[{"row": 1, "column": 2}]]}
+    datasets.Dataset.from_dict(structs).save_to_disk(tmp_path / "structs")
     for changes, message in (
         ({"forward_model": "NoSuch"}, "`forward_model` must be the folder of a saved forward model, or a shipped one"),
         ({"forward_model": "ForwardModelRecipe"}, "`forward_model` must be the folder"),
-        ({"forward_model": None}, "exactly one of `config.forward_model` and the recipe's own"),
+        ({"forward_model": None}, "`forward_model` must be given once, by name or folder, or one of your own as"),
+        ({"forward_model": str(tmp_path / "own")}, "`forward_model` must be of this package, or .* with Blind'"),
+        ({"train_data_dir": str(tmp_path / "nowhere")}, "`train_data_dir` must be an existing file or folder"),
+        ({"train_data_dir": str(tmp_path / "pictures")}, r"'observations', got .* with \['image'\]: images, which"),
+        ({"train_data_dir": str(tmp_path / "structs")}, r"`parameters` must be numbers, .* columns 'parameters.NAME'"),
         ({"max_context_views": 4}, "must hold at least 7 observations of each signal, got 6: 4 for the context, 2 to"),
         ({"signal_shape": "3,8,8"}, "`observations` must be of shape .*, what CropForwardModel sees of signals"),
         ({"network": "unet", "signal_shape": "1,8,8", "unet_config": "nothing.json"}, "`unet_config` must be"),

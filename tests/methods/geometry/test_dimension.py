@@ -284,6 +284,9 @@ def test_bad_input(field):
     for method in ("dsm", "trace"):
         with pytest.raises(ValueError, match="`num_draws` must be an integer >= 2, got 1"):
             local_dimension(field, x, method, num_draws=1)
+    dim = x[0].numel()
+    with pytest.raises(ValueError, match=f"`num_draws` must be an integer >= {dim}, got {dim - 1}"):
+        local_dimension(field, x, "normal_bundle", num_draws=dim - 1)
     with pytest.raises(ValueError, match="`sigma` must be within the scheduler's levels"):
         local_dimension(field, x, sigmas=[0.001, 0.1])
     with pytest.raises(ValueError, match="`sigmas` must be two or more for 'lidl'"):

@@ -2,13 +2,16 @@
 
 import json
 import logging
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 
 from diffusers_ext import (
+    ImageGenerationPipeline,
     ImmiscibleRecipe,
     InspectConfig,
     ScoreField,
@@ -23,6 +26,7 @@ from diffusers_ext.cli import main
 from diffusers_ext.data.assets import ASSETS
 from diffusers_ext.data.digits import DIGITS
 from diffusers_ext.methods.geometry import inspection
+from diffusers_ext.methods.geometry.report import summary
 from diffusers_ext.methods.geometry.space import diffused
 from diffusers_ext.rng import mix
 from tests.tiny_pipelines import build
@@ -91,6 +95,11 @@ def test_its_figures_are_those_of_the_functions(run):
     generator = torch.Generator().manual_seed(mix(0, 1))
     alone = local_dimension(field, x[1:], sigmas=sigma, num_draws=3, generator=generator)
     assert alone.curve[0, 0].item() == pytest.approx(records[1]["dsm"][2], rel=1e-4)
+
+
+def test_a_curve_without_plateau_stands_in_the_table():
+    records = [{"trace": {"sigmas": [0.1, 1.0], "curve": curve}} for curve in ([4.0, 1.0], [6.0, 2.0])]
+    assert "trace by sigma: 5.0 at 0.1, 1.5 at 1" in str(summary(records, [0.1, 1.0], 16))
 
 
 def test_an_estimate_is_printed_first(run, tmp_path, caplog, monkeypatch):
@@ -178,3 +187,24 @@ def test_callback_logs_the_residual_and_disturbs_nothing(tmp_path):
     assert with_callback == train(tmp_path, "without")
     with pytest.raises(ValueError, match="`num_images` must be an integer >= 2, got 1"):
         SteinResidualCallback(num_images=1)
+
+
+def test_callback_refuses_what_is_no_denoiser_of_images_before_the_first_step():
+    class Views:
+        def get(self, index, generator):
+            return {"observations": torch.zeros(2, 4)}
+
+    run = SimpleNamespace(recipe=SimpleNamespace(data=Views()), exported_pipeline=lambda: nullcontext())
+    with pytest.raises(ValueError, match="`callbacks` must be without SteinResidualCallback for SimpleNamespace"):
+        SteinResidualCallback().on_start(run)
+
+
+def test_other_pipelines_are_refused_by_name(tmp_path):
+    """A network that reads more than an image, such as those of signals seen through a forward model."""
+    wide = UNet2DModel(
+        sample_size=8, in_channels=6, out_channels=1, block_out_channels=(2,), norm_num_groups=1, layers_per_block=1,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    ImageGenerationPipeline(wide, DDIMScheduler()).save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match="`repo` must be a pipeline whose network denoises .* ImageGeneration"):
+        inspect_model(InspectConfig(str(tmp_path / "wide"), str(tmp_path)))

@@ -1,12 +1,21 @@
 """Reconstruction: exact posteriors of Gaussian data, completion of k-space, and what Diffusers asks of a pipeline."""
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, UNet2DModel
 
-from diffusers_ext import FourierSampling, ImageGenerationPipeline, LinearOperator, ReconstructionPipeline, asset_path
+from diffusers_ext import (
+    AnomalyDetectionPipeline,
+    FourierSampling,
+    ImageGenerationPipeline,
+    LinearOperator,
+    ReconstructionPipeline,
+    asset_path,
+)
 from diffusers_ext.methods.score_frameworks.pipeline_reconstruction import corrected
 from diffusers_ext.methods.score_frameworks.sampling import Estimator, partial_levels
+from tests.methods.oms.tiny import stable_diffusion
 from tests.methods.score_frameworks.linear import GaussianUNet, exact_scheduler, responses
 
 
@@ -51,6 +60,32 @@ def test_one_coefficient(noise_std, steps, options, mean, variance):
     assert found[0] == pytest.approx(mean, abs=6e-6)
     if variance is not None:
         assert found[1] == pytest.approx(variance, abs=1e-6)
+
+
+@pytest.mark.parametrize("variance", [4.0, 0.05])
+def test_pigdm_is_never_longer_than_what_the_measurement_asks(variance):
+    """Of N(0, variance) data the gradient is variance (v + s^2) / (v (variance + s^2)) times that."""
+    estimator, identity = Estimator(GaussianUNet(variance), exact_scheduler()), LinearOperator(*[lambda x: x] * 2)
+    solve = identity.solver(torch.randn(3, 1, 2, 2, generator=seeded(), dtype=torch.float64), 0.0)
+    x, sigma, v = torch.randn(3, 1, 2, 2, generator=seeded(1), dtype=torch.float64), 3.0, 0.25
+    clean = estimator(x, sigma)
+    asked, pushed = (corrected(x, estimator, sigma, solve, method, v) - clean for method in ("proximal", "pigdm"))
+    gain = variance * (v + sigma**2) / (v * (variance + sigma**2))
+    torch.testing.assert_close(pushed, min(gain, 1.0) * asked, atol=1e-9, rtol=0)
+
+
+def test_pigdm_holds_on_a_trained_network():
+    """Digits vary far more than v along some directions, so that uncut gradients end at 1e10 and more."""
+    pipeline = ReconstructionPipeline.from_pipe(DiffusionPipeline.from_pretrained(asset_path("digits-epsilon")))
+    pipeline.set_progress_bar_config(disable=True)
+    with np.load(asset_path("digits") / "digits.npz") as file:
+        digits = torch.from_numpy(file["images"][500:502])[:, None] / 255
+    operator = FourierSampling(torch.zeros(28).index_fill(0, torch.tensor([0, 1, 2, 3, 5, 8, 20, 23, 25, 26, 27]), 1))
+    output = pipeline(
+        operator.forward(digits), operator, method="pigdm", num_inference_steps=6, num_samples=1, generator=seeded(),
+        output_type="pt",
+    )  # fmt: skip
+    assert (output.images - digits).square().mean() < 0.02
 
 
 LINES = torch.zeros(16).index_fill(0, torch.tensor([0, 1, 2, 5, 9, 15]), 1.0)
@@ -244,6 +279,15 @@ def test_callbacks_types_and_other_schedulers(pipeline, tmp_path):
 def test_bad_input_is_refused(pipeline, call, message):
     with pytest.raises(ValueError, match=message):
         pipeline(**{"measurement": KSPACE, "operator": OPERATOR, **call})
+
+
+def test_pipelines_of_text_or_latents_are_refused(pipeline):
+    message = "`pipeline` must have an unconditional UNet2DModel of pixels for ReconstructionPipeline, got Stable"
+    with pytest.raises(ValueError, match=f"{message}DiffusionPipeline with UNet2DConditionModel of latents"):
+        ReconstructionPipeline.from_pipe(stable_diffusion())
+    vae = AutoencoderKL(1, 1, norm_num_groups=2, block_out_channels=(2,))
+    with pytest.raises(ValueError, match="got ImageGenerationPipeline with UNet2DModel of latents"):
+        AnomalyDetectionPipeline.from_pipe(ImageGenerationPipeline(pipeline.unet, pipeline.scheduler, vae=vae))
 
 
 def test_bad_operators_and_models_are_refused(pipeline):
