@@ -17,6 +17,7 @@ from .sampling import Estimator, ddim_step, draw_rows, scheduler_levels
 __all__ = ["ReconstructionPipeline", "ReconstructionPipelineOutput", "corrected"]
 
 METHODS = ("proximal", "pigdm")
+LONGEST = 4.0  # of a push through the network, in lengths of what is asked; the exact one where it is shorter
 
 
 @dataclass
@@ -43,8 +44,8 @@ def corrected(
     The estimate's error is taken as \(r^2 = v \sigma^2 / (v + \sigma^2)\), as of N(0, v) data. `"proximal"` adds what
     the measurement asks; `"pigdm"` (Song et al., "Pseudoinverse-guided diffusion models", 2023) adds its gradient
     through the network, \(b^2/a\, J^T\) of it over r^2, so that pixels that are told by their neighbours move too.
-    Where data vary more than v that is too long, and would grow from step to step: it is cut to the length of what
-    the measurement asks.
+    Where data vary far more than v along some directions, that can grow from step to step without end: it is cut to
+    four times the length of what the measurement asks.
 
     Args:
         x: `(batch, ...)` noisy samples, on the network's scale.
@@ -64,8 +65,8 @@ def corrected(
         clean = estimator(x, sigma)
         asked = solve(clean.detach(), error)
         push = torch.autograd.grad(clean, x, asked / error)[0] * (b**2 / a)
-    longest, length = (torch.linalg.vector_norm(v.flatten(1), dim=1) for v in (asked, push))
-    share = (longest / length.clamp(min=torch.finfo(length.dtype).tiny)).clamp(max=1)
+    wanted, length = (torch.linalg.vector_norm(v.flatten(1), dim=1) for v in (asked, push))
+    share = (LONGEST * wanted / length.clamp(min=torch.finfo(length.dtype).tiny)).clamp(max=1)
     return clean.detach() + push * share.view(-1, *[1] * (push.ndim - 1))
 
 
