@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from diffusers_ext.training.config import is_number, is_whole, require
 
 __all__ = ["VolumeSlices", "count_slices", "open_volume", "read_slices"]
 
@@ -149,12 +150,10 @@ def read_slices(
         (torch.Size([4, 1, 16, 16]), 30.0, (20, 30, 4))
     """
     normal = _normal(axis)
-    if isinstance(size, bool) or not (isinstance(size, int) and size >= 1):
-        raise ValueError(f"`size` must be an integer >= 1, got {size!r}.")
-    if not 0 < percentile <= 100:
-        raise ValueError(f"`percentile` must be a number in (0, 100], got {percentile!r}.")
-    if field_of_view is not None and not (field_of_view > 0 and math.isfinite(field_of_view)):
-        raise ValueError(f"`field_of_view` must be a number > 0 of millimetres, got {field_of_view!r}.")
+    require(is_whole(size), "size", size, "an integer >= 1")
+    require(is_number(percentile) and 0 < percentile <= 100, "percentile", percentile, "a number in (0, 100]")
+    wide = field_of_view is None or (is_number(field_of_view) and field_of_view > 0)
+    require(wide, "field_of_view", field_of_view, "a number > 0 of millimetres")
     volume = open_volume(volume) if isinstance(volume, str | Path) else _checked(volume, "an image of nibabel")
     from nibabel.affines import voxel_sizes
     from nibabel.funcs import as_closest_canonical
