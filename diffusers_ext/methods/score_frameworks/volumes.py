@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from diffusers_ext.training.config import is_number, is_whole, require
 
-__all__ = ["VolumeSlices", "count_slices", "open_volume", "read_slices"]
+__all__ = ["VolumeSlices", "check_slicing", "count_slices", "open_volume", "read_slices"]
 
 AXES = ("sagittal", "coronal", "axial")
 RAS = np.array([[0, 1], [1, 1], [2, 1]])  # nibabel's words for axes to the right, the front and the head
@@ -117,6 +117,18 @@ def _normal(axis: str) -> int:
     return AXES.index(axis)
 
 
+def check_slicing(size: Any, field_of_view: Any, percentile: Any) -> None:
+    """Checks arguments of `read_slices`.
+
+    Raises:
+        ValueError: one is outside its range.
+    """
+    require(is_whole(size), "size", size, "an integer >= 1")
+    require(is_number(percentile) and 0 < percentile <= 100, "percentile", percentile, "a number in (0, 100]")
+    wide = field_of_view is None or (is_number(field_of_view) and field_of_view > 0)
+    require(wide, "field_of_view", field_of_view, "a number > 0 of millimetres")
+
+
 def read_slices(
     volume: Any,
     size: int = 64,
@@ -150,10 +162,7 @@ def read_slices(
         (torch.Size([4, 1, 16, 16]), 30.0, (20, 30, 4))
     """
     normal = _normal(axis)
-    require(is_whole(size), "size", size, "an integer >= 1")
-    require(is_number(percentile) and 0 < percentile <= 100, "percentile", percentile, "a number in (0, 100]")
-    wide = field_of_view is None or (is_number(field_of_view) and field_of_view > 0)
-    require(wide, "field_of_view", field_of_view, "a number > 0 of millimetres")
+    check_slicing(size, field_of_view, percentile)
     volume = open_volume(volume) if isinstance(volume, str | Path) else _checked(volume, "an image of nibabel")
     from nibabel.affines import voxel_sizes
     from nibabel.funcs import as_closest_canonical
