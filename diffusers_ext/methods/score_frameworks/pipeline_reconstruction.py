@@ -65,7 +65,7 @@ def corrected(
         x = x.detach().clone().requires_grad_()  # copied: autograd takes none that was made in inference mode
         clean = estimator(x, sigma)
         asked = solve(clean.detach(), error)
-        push = torch.autograd.grad(clean, x, (asked / error).clone())[0] * (b**2 / a)
+        push = torch.autograd.grad(clean, x, asked / error)[0] * (b**2 / a)
     longest, length = (torch.linalg.vector_norm(v.flatten(1), dim=1) for v in (asked, push))
     share = (longest / length.clamp(min=torch.finfo(length.dtype).tiny)).clamp(max=1)
     return clean.detach() + push * share.view(-1, *[1] * (push.ndim - 1))

@@ -254,6 +254,16 @@ def test_callbacks_types_and_other_schedulers(pipeline, tmp_path):
     assert (half - full).abs().max() < 0.05 * full.abs().max()
 
 
+def test_gradients_in_inference_mode(pipeline):
+    def call():
+        options = {"method": "pigdm", "num_inference_steps": 2, "num_samples": 1, "output_type": "pt"}
+        return pipeline(KSPACE, OPERATOR, 0.1, generator=seeded(), **options).images
+
+    with torch.inference_mode():
+        inside = call()
+    torch.testing.assert_close(inside, call())
+
+
 @pytest.mark.parametrize("noise_std", [0.0, 0.5])
 def test_what_no_image_would_give(noise_std):
     """An operator that sees every second pixel, and a measurement with numbers where it sees nothing."""
