@@ -13,10 +13,10 @@ __all__ = ["check_settings", "read_json", "write_json"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns what a JSON file holds: nothing where there is no file, or one that was cut or holds something else."""
+    """Returns what a JSON file holds: nothing where it is missing, was cut, or holds something else."""
     try:
         found = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -43,7 +43,7 @@ def check_settings(folder: Path, settings: dict[str, Any], write: bool = True) -
     settings = json.loads(json.dumps(settings))
     if path.is_file():
         there = read_json(path)
-        require(there != {}, "output_dir", str(folder), "another folder: the settings.json of this one is damaged")
+        require(there != {}, "output_dir", str(folder), "another folder: the settings.json of this one cannot be read")
         for name, value in settings.items():
             accepted = f"{there.get(name)!r} as in the results in {folder}, or `output_dir` another folder"
             require(there.get(name) == value, name, value, accepted)
