@@ -92,14 +92,26 @@ class ScoreField:
     def coefficients(
         self, sigma: float | torch.Tensor, like: torch.Tensor, beyond: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns a and b of one sigma or of `(batch,)` ones, in the dtype of a batch and broadcasting to it."""
+        """Returns a and b of one sigma or of `(batch,)` ones, in the dtype of a batch and broadcasting to it.
+
+        Raises:
+            ValueError: sigma is outside the levels, or of another batch.
+        """
         level = self.at(sigma, beyond)
+        if level.sigma.numel() != 1 and tuple(level.sigma.shape) != (len(like),):
+            raise ValueError(f"`sigma` must be one level or {len(like)}, got the shape {tuple(level.sigma.shape)}.")
         shape = (-1, *[1] * (like.ndim - 1)) if level.sigma.ndim else ()
         a, b = (value.to(like.device, _precision(like)).view(shape) for value in (level.a, level.b))
         return a, b
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        r"""Returns \(a x_0 + b\,\epsilon\), which the network takes."""
+        r"""Returns \(a x_0 + b\,\epsilon\), which the network takes.
+
+        Raises:
+            ValueError: the noise is of another shape, or sigma is outside the levels or of another batch.
+        """
+        if noise.shape != x0.shape:
+            raise ValueError(f"`noise` must have the shape of x0, {tuple(x0.shape)}, got {tuple(noise.shape)}.")
         a, b = self.coefficients(sigma, x0)
         return a * x0 + b * noise
 
@@ -120,11 +132,8 @@ class ScoreField:
         if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim == 0:
             found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
             raise ValueError(f"`x` must be floats of the shape (batch, ...), got {found}.")
-        level = self.at(sigma, beyond)
-        if level.sigma.numel() != 1 and tuple(level.sigma.shape) != (len(x),):
-            raise ValueError(f"`sigma` must be one level or {len(x)}, got the shape {tuple(level.sigma.shape)}.")
         a, b = self.coefficients(sigma, x, beyond)
-        t = level.t.to(x.device, _precision(x)).expand(len(x))
+        t = self.at(sigma, beyond).t.to(x.device, _precision(x)).expand(len(x))
         return self.schedule.eps(self._output(x, t), x.to(a.dtype), a, b)
 
     def score(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-__all__ = ["Levels", "Schedule", "as_levels", "noise_from_output", "sigma_of_timestep", "timestep_of_sigma"]
+__all__ = ["Levels", "Schedule", "as_levels", "as_real", "noise_from_output", "sigma_of_timestep", "timestep_of_sigma"]
 
 LEAST_SIGNAL = 1e-3  # levels of smaller a hold nothing of the image, and 1 / a no digits
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
@@ -103,6 +103,8 @@ class Schedule:
             ValueError: a sigma is outside the scheduler's levels.
         """
         sigma = as_levels(sigma, "sigma")
+        if beyond and not bool(((sigma > 0) & sigma.isfinite()).all()):
+            raise ValueError(f"`sigma` must be above 0 and finite, got {sigma.tolist()}.")
         low, high = float(self._sigma[0]), float(self._sigma[-1])
         outside = sigma[~((sigma >= low * (1 - 1e-6)) & (sigma <= high * (1 + 1e-6)))]
         if outside.numel() and not beyond:
@@ -137,10 +139,11 @@ def noise_from_output(output: Any, x: Any, a: Any, b: Any, prediction_type: str)
 
 
 def _log_sigmas(alphas_cumprod: torch.Tensor) -> np.ndarray:
-    alphas = torch.as_tensor(alphas_cumprod).double().cpu().numpy()
-    if alphas.ndim != 1 or not len(alphas) or not ((alphas > 0) & (alphas < 1)).all():
+    alphas = as_levels(alphas_cumprod, "alphas_cumprod").numpy()
+    inside = alphas.ndim == 1 and len(alphas) > 0 and ((alphas > 0) & (alphas < 1)).all()
+    if not inside or (np.diff(alphas) > 0).any():
         raise ValueError(
-            "`alphas_cumprod` must be numbers between 0 and 1 in one row, not a schedule of zero terminal SNR, got "
+            "`alphas_cumprod` must be a falling row of numbers between 0 and 1, not one of zero terminal SNR, got "
             f"the shape {alphas.shape} and numbers from {alphas.min(initial=1):.4g} to {alphas.max(initial=0):.4g}."
         )
     return np.log((1 - alphas) / alphas) / 2
@@ -196,10 +199,27 @@ def timestep_of_sigma(alphas_cumprod: torch.Tensor, sigma: float | torch.Tensor)
 
 def as_levels(sigma: Any, name: str) -> torch.Tensor:
     """Returns noise levels in float64; what are no numbers is a `ValueError` that names the argument."""
+    return as_real(name, sigma, torch.float64).to("cpu", torch.float64)
+
+
+def as_real(name: str, values: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Returns a tensor of a number, a tensor, an array or nested lists.
+
+    Args:
+        name: of the argument.
+        values: tensors and arrays keep their precision.
+        dtype: of numbers and lists of them, by default torch's.
+
+    Raises:
+        ValueError: they are no real numbers; the message has `name`.
+    """
     try:
-        return torch.as_tensor(sigma, dtype=torch.float64, device="cpu")
+        found = torch.as_tensor(values, dtype=None if hasattr(values, "dtype") else dtype)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"`{name}` must be a number, or several, got {sigma!r}.") from None
+        found = None
+    if found is None or found.is_complex():
+        raise ValueError(f"`{name}` must be a real number, or several, got {values!r}.")
+    return found
 
 
 def _flow_times(scheduler: Any, length: int) -> np.ndarray:

@@ -69,8 +69,10 @@ def step_arguments(scheduler: Any, eta: float, generator: Any) -> dict[str, Any]
     """Returns those of `eta` and `generator` that the scheduler's `step` takes.
 
     Raises:
-        ValueError: `eta` is not 0 and the scheduler does not take it.
+        ValueError: `eta` is not in [0, 1], or it is not 0 and the scheduler does not take it.
     """
+    if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta <= 1:
+        raise ValueError(f"`eta` must be a number in [0, 1], got {eta!r}.")
     accepted = inspect.signature(scheduler.step).parameters
     if eta and "eta" not in accepted:
         raise ValueError(f"`eta` must be 0: {type(scheduler).__name__} does not take it, got {eta}.")
@@ -104,7 +106,8 @@ def check_generator(generator: Any, count: int) -> None:
         ValueError: it is another thing, or the list has another length.
     """
     many = isinstance(generator, list)
-    good = len(generator) == count if many else True
-    if not good or not all(isinstance(g, torch.Generator | None) for g in (generator if many else [generator])):
-        found = f"a list of {len(generator)}" if not good else repr(generator)
+    given: list[Any] = generator if many else [] if generator is None else [generator]
+    fits = not many or len(given) == count
+    if not fits or not all(isinstance(g, torch.Generator) for g in given):
+        found = repr(generator) if fits else f"a list of {len(given)}"
         raise ValueError(f"`generator` must be one generator or a list of {count}, got {found}.")

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.rng import mix
 
-__all__ = ["Callback", "MetricsLog", "ProgressBar", "Run", "Trackers", "Validation", "image_grid"]
+__all__ = ["Callback", "MetricsLog", "ProgressBar", "Run", "Trackers", "Validation", "cut_log", "image_grid"]
 
 VALIDATION = 5
 
@@ -122,6 +122,15 @@ class ProgressBar(Callback):
         self.bar.close()
 
 
+def cut_log(path: Path, step: int) -> None:
+    """Keeps of a file of JSON objects, one a line, the whole ones up to a step, which a resumed run goes on from."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    whole = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    partial = path.with_suffix(".tmp")
+    partial.write_text("".join(line + "\n" for line in whole))
+    os.replace(partial, path)
+
+
 class MetricsLog(Callback):
     """`metrics.jsonl` in the run's folder, one object per log; a resumed run cuts what lies after its checkpoint."""
 
@@ -129,11 +138,7 @@ class MetricsLog(Callback):
         self.path = Path(trainer.config.output_dir) / "metrics.jsonl"
         if not trainer.accelerator.is_main_process:
             return
-        lines = self.path.read_text().splitlines() if trainer.step and self.path.is_file() else []
-        whole = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= trainer.step]
-        partial = self.path.with_suffix(".tmp")
-        partial.write_text("".join(line + "\n" for line in whole))
-        os.replace(partial, self.path)
+        cut_log(self.path, trainer.step)
 
     def on_log(self, trainer: Run, logs: dict[str, float]) -> None:
         if trainer.accelerator.is_main_process:

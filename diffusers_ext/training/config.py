@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
 from accelerate.tracking import get_available_trackers
 from huggingface_hub import get_token
@@ -18,7 +18,17 @@ from huggingface_hub.utils import validate_repo_id
 
 from .optimizers import OptimizerName, check_optimizer
 
-__all__ = ["GROUPS", "TrainConfig", "check_hub_id", "check_types", "described", "require"]
+__all__ = [
+    "GROUPS",
+    "TrainConfig",
+    "check_hub_id",
+    "check_types",
+    "described",
+    "is_number",
+    "is_range",
+    "is_whole",
+    "require",
+]
 
 # The parts of a help text, in their order.
 GROUPS = ("data", "model", "method", "optimisation", "saving and logging", "sharing")
@@ -30,6 +40,22 @@ def require(condition: bool, name: str, value: Any, accepted: str) -> None:
     """Raises a `ValueError` that names the argument, its value and what is accepted, unless `condition` holds."""
     if not condition:
         raise ValueError(f"`{name}` must be {accepted}, got {value!r}.")
+
+
+def is_whole(value: Any, least: int = 1) -> bool:
+    """Whether a value is an integer of at least so much; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a finite number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_range(value: Any) -> bool:
+    """Whether a value is a list or tuple of two finite numbers, the first below the second."""
+    pair = isinstance(value, list | tuple) and len(value) == 2 and all(map(is_number, value))
+    return pair and value[0] < value[1]
 
 
 def described(text: str, default: Any = None, group: str = "method") -> Any:
@@ -65,8 +91,7 @@ def check_types(config: Any) -> None:
             choices = list(get_args(kind))
             require(type(value) in map(type, choices) and value in choices, name, value, f"one of {choices}")
         elif kind is float:
-            number = math.isfinite(value) if isinstance(value, int | float) else False
-            require(number and not isinstance(value, bool), name, value, accepted[kind])
+            require(is_number(value), name, value, accepted[kind])
         elif kind in accepted:
             require(type(value) is kind and str(value).strip() != "", name, value, accepted[kind])
 

@@ -9,7 +9,16 @@ from typing import Any
 
 from .config import require
 
-__all__ = ["check_settings", "write_json"]
+__all__ = ["check_settings", "read_json", "write_json"]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns what a JSON file holds: nothing where it is missing, was cut, or holds something else."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -28,12 +37,13 @@ def check_settings(folder: Path, settings: dict[str, Any], write: bool = True) -
         write: write the settings where there are none.
 
     Raises:
-        ValueError: a setting is another one, or the folder cannot be written.
+        ValueError: a setting is another one, the settings cannot be read, or the folder cannot be written.
     """
     path = folder / "settings.json"
     settings = json.loads(json.dumps(settings))
     if path.is_file():
-        there = json.loads(path.read_text())
+        there = read_json(path)
+        require(there != {}, "output_dir", str(folder), "another folder: the settings.json of this one cannot be read")
         for name, value in settings.items():
             accepted = f"{there.get(name)!r} as in the results in {folder}, or `output_dir` another folder"
             require(there.get(name) == value, name, value, accepted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from diffusers_ext.training.config import described, require
+from diffusers_ext.training.config import described, is_range, require
 from diffusers_ext.training.images import ImageConfig
 
 __all__ = ["ForwardModelConfig"]
@@ -59,6 +59,8 @@ class ForwardModelConfig(ImageConfig):
         for name, least in (("max_context_views", 0), ("num_targets", 1), ("num_train_timesteps", 1),
                             ("validation_inference_steps", 1)):  # fmt: skip
             require(getattr(self, name) >= least, name, getattr(self, name), f"an integer >= {least}")
+        most, steps = self.num_train_timesteps, self.validation_inference_steps
+        require(steps <= most, "validation_inference_steps", steps, f"at most `num_train_timesteps`, {most}")
         given = self.max_given_views
         accepted = f"an integer in 1..max_context_views, {self.max_context_views}, or left out"
         require(given is None or 1 <= given <= self.max_context_views, "max_given_views", given, accepted)
@@ -101,7 +103,12 @@ class ForwardModelConfig(ImageConfig):
             low, high = (float(word) for word in self.signal_range.split(","))
         except ValueError:
             low, high = 0.0, 0.0
-        require(low < high, "signal_range", self.signal_range, "two numbers with a comma between them, low < high")
+        require(
+            is_range((low, high)),
+            "signal_range",
+            self.signal_range,
+            "two numbers with a comma between them, low < high",
+        )
         return low, high
 
     @property

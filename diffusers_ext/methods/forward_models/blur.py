@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 
-from diffusers_ext.training.config import require
+from diffusers_ext.training.config import is_number, is_whole, require
 
 from .protocol import ForwardModel, Parameters
 
@@ -16,7 +16,7 @@ __all__ = ["BlurForwardModel", "DownsampleForwardModel"]
 
 
 def _check_factor(factor: int) -> None:
-    require(isinstance(factor, int) and factor >= 1, "factor", factor, "an integer >= 1")
+    require(is_whole(factor), "factor", factor, "an integer >= 1")
 
 
 def _check_sizes(signal: torch.Tensor, factor: int) -> None:
@@ -49,7 +49,7 @@ class BlurForwardModel(ForwardModel):
     @register_to_config
     def __init__(self, sigma: float, factor: int = 1) -> None:
         super().__init__()
-        require(0 < sigma < math.inf, "sigma", sigma, "a number > 0")
+        require(is_number(sigma) and sigma > 0, "sigma", sigma, "a number > 0")
         _check_factor(factor)
 
     def forward(self, signal: torch.Tensor, parameters: Parameters) -> torch.Tensor:

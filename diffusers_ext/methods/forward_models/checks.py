@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from diffusers_ext.generation.score_levels import as_real
 from diffusers_ext.generation.stepping import step_arguments
 from diffusers_ext.training.config import require
 
@@ -21,10 +24,11 @@ def check_scheduler(scheduler: Any) -> None:
     """Refuses a scheduler that cannot be given the clean sample.
 
     Raises:
-        ValueError: its `prediction_type` is not `"sample"`, or it knows no such type.
+        ValueError: its `prediction_type` is not `"sample"`, it knows no such type, or its levels rise.
     """
-    found = scheduler.config.get("prediction_type")
     name = type(scheduler).__name__
+    require(isinstance(scheduler, SchedulerMixin), "scheduler", name, "a Diffusers scheduler")
+    found = scheduler.config.get("prediction_type")
     accepted = f"'sample' in {name}, for what the denoiser gives is a clean observation"
     require(found == "sample", "prediction_type", found, accepted)
     trial = copy.deepcopy(scheduler)
@@ -34,10 +38,12 @@ def check_scheduler(scheduler: Any) -> None:
         if hasattr(trial, "scale_model_input"):
             trial.scale_model_input(zero, trial.timesteps[0])
         trial.step(zero, trial.timesteps[0], zero, **step_arguments(trial, 0.0, torch.Generator()))
-    except (NotImplementedError, ValueError) as error:
+    except Exception as error:  # they raise many kinds
         raise ValueError(
             f"`scheduler` must take `prediction_type='sample'`, as DDIMScheduler does, got {name}: {error}"
         ) from error
+    falls = bool(trial.timesteps[0] > trial.timesteps[-1])
+    require(falls, "scheduler", name, "one from noise to data, as DDIMScheduler")
 
 
 def checked_parameters(
@@ -55,7 +61,7 @@ def checked_parameters(
     Raises:
         ValueError: they are of another shape, or none of the forward model's.
     """
-    parameters = map_parameters(torch.as_tensor, parameters)
+    parameters = map_parameters(partial(as_real, name), parameters)
     for part in parameters.values() if isinstance(parameters, dict) else [parameters]:
         shape = tuple(part.shape)
         fits = part.ndim >= 2 and shape[0] == batch and shape[1] >= 1

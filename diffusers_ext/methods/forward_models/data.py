@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from diffusers_ext.data.sources import read_rows
 from diffusers_ext.rng import mix
-from diffusers_ext.training.config import require
+from diffusers_ext.training.config import is_range, is_whole, require
 
 from .objective import observe
 from .protocol import ForwardModel, Parameters, map_parameters
@@ -54,14 +55,19 @@ class ObservationDataset:
     def __init__(
         self, source: str | Path, config_name: str | None = None, split: str = "train", max_samples: int | None = None
     ) -> None:
+        require(isinstance(source, str | Path) and str(source) != "", "train_data_dir", source, "a path or a name")
+        require(
+            max_samples is None or is_whole(max_samples), "max_samples", max_samples, "an integer >= 1 or left out"
+        )
         path = Path(source)
         columns = _arrays(path) if path.suffix == ".npz" else _columns(str(source), config_name, split)
         _check_names(columns, str(source))
-        observations = columns["observations"][:max_samples]
+        columns = {name: values[:max_samples] if values.ndim else values for name, values in columns.items()}
+        observations = columns["observations"]
         shape: tuple[int, ...] = tuple(observations.shape)
         require(len(shape) >= 3 and min(shape) >= 1, "observations", shape, "of shape (n, views, ...)")
-        named = {name: values[:max_samples] for name, values in columns.items() if name.startswith(PREFIX)}
-        whole = columns["parameters"][:max_samples] if "parameters" in columns else None
+        named = {name: values for name, values in columns.items() if name.startswith(PREFIX)}
+        whole = columns.get("parameters")
         if (whole is None) == (not named):
             found = sorted(columns)
             raise ValueError(
@@ -73,8 +79,8 @@ class ObservationDataset:
                 continue
             accepted = f"of shape {shape[:2]} and more: those of each observation"
             require(values.shape[:2] == shape[:2], name, tuple(values.shape), accepted)
-            finite = not values.is_floating_point() or bool(values.isfinite().all())
-            require(finite, name, "NaN or infinite numbers", "finite")
+            finite = bool(values.float().isfinite().all())
+            require(finite, name, "NaN or infinite numbers", "finite in float32")
         self.observations = observations.float()
         self.parameters: Parameters = (
             _narrow(whole) if whole is not None else {n.removeprefix(PREFIX): _narrow(v) for n, v in named.items()}
@@ -117,7 +123,7 @@ def _arrays(path: Path) -> dict[str, torch.Tensor]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"`train_data_dir` must be a NumPy file of plain arrays (no pickled objects), got {str(path)!r}."
         ) from error
@@ -130,7 +136,12 @@ def _columns(source: str, config_name: str | None, split: str) -> dict[str, torc
     path = Path(source)
     local = path.exists() or path.suffix == ".parquet"
     require(path.exists() or not local, "train_data_dir", source, "an existing file")
-    rows, _ = read_rows(None if local else source, path if local else None, config_name, split)
+    try:
+        rows, _ = read_rows(None if local else source, path if local else None, config_name, split)
+    except Exception as error:  # the library raises many kinds
+        accepted = "a data set that `datasets` reads: a saved one's folder, a parquet file or a name on the Hub"
+        raise ValueError(f"`train_data_dir` must be {accepted}, got {source!r}: {error}") from error
+    require(len(rows) > 0, "train_data_dir", source, "of one row or more")
     _check_names(rows.column_names, source)
     found = {}
     for name in rows.column_names:
@@ -164,7 +175,7 @@ class SimulatedObservations:
         seed: with the image's index, of the views' parameters.
 
     Raises:
-        ValueError: there are no views.
+        ValueError: there are no views, or another argument is wrong.
 
     Example:
         >>> from diffusers_ext import CropForwardModel, SimulatedObservations, load_images
@@ -187,7 +198,11 @@ class SimulatedObservations:
         signal_range: tuple[float, float] = (-1.0, 1.0),
         seed: int = 0,
     ) -> None:
-        require(num_views >= 1, "num_views", num_views, "an integer >= 1")
+        require(is_whole(num_views), "num_views", num_views, "an integer >= 1")
+        require(is_range(signal_range), "signal_range", signal_range, "two numbers, low < high")
+        require(is_whole(seed, 0), "seed", seed, "an integer >= 0")
+        name = type(forward_model).__name__
+        require(isinstance(forward_model, ForwardModel), "forward_model", name, "a ForwardModel")
         self.images, self.forward_model, self.num_views, self.seed = images, forward_model, num_views, seed
         self.signal_range = signal_range
         self.description = f"{num_views} views each of {images.description}, made by {type(forward_model).__name__}"

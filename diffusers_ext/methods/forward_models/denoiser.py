@@ -28,6 +28,7 @@ def signal_shape(network: Any) -> tuple[int, ...]:
     if "signal_shape" in config:
         return tuple(config["signal_shape"])
     size = config["sample_size"]
+    require(size is not None, "unet", None, "a network that knows its `sample_size`")
     return (config["out_channels"], *((size, size) if isinstance(size, int) else size))
 
 
@@ -81,8 +82,14 @@ def lift_views(
         parameters: `(batch, views, ...)`.
         weights: `(batch, views)`, 0 for views that are left out; by default none is.
         sampled: `(batch, views)`, 1 for views that were sampled; by default none was.
+
+    Raises:
+        ValueError: they are not of one number of samples and views.
     """
     sizes = batch_and_views(parameters)
+    for name, given in (("observations", observations), ("weights", weights), ("sampled", sampled)):
+        fits = given is None or tuple(given.shape[:2]) == sizes
+        require(fits, name, None if given is None else tuple(given.shape), f"of {sizes} samples and views")
     flat = map_parameters(lambda value: value.flatten(0, 1), parameters)
     lift = getattr(network, "lift", None)
     with torch.no_grad():

@@ -49,7 +49,7 @@ class GeneratorForwardModel(ForwardModel):
     def __init__(self, decoder: nn.Module, then: ForwardModel | None = None) -> None:
         super().__init__()
         require(isinstance(decoder, nn.Module), "decoder", type(decoder).__name__, "a torch module")
-        then_fits = then is None or isinstance(then, nn.Module)
+        then_fits = then is None or isinstance(then, ForwardModel)
         require(then_fits, "then", type(then).__name__, "a ForwardModel, or left out")
         self.decoder = decoder.requires_grad_(False).eval()
         self.then = then

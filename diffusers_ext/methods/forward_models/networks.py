@@ -15,7 +15,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from diffusers_ext.hub.loading import SafeLoadingMixin
-from diffusers_ext.training.config import require
+from diffusers_ext.training.config import is_range, is_whole, require
 
 from .protocol import Parameters
 
@@ -80,12 +80,12 @@ class ObservationMLP(SafeLoadingMixin, ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         for name, value in (("signal_shape", signal_shape), ("observation_shape", observation_shape)):
-            good = len(value) > 0 and all(isinstance(size, int) and size >= 1 for size in value)
+            good = isinstance(value, list | tuple) and len(value) > 0 and all(map(is_whole, value))
             require(good, name, value, "integers >= 1")
         for name, value, least in (("parameter_size", parameter_size, 0), ("angle_harmonics", angle_harmonics, 0),
                                    ("hidden_size", hidden_size, 1), ("num_blocks", num_blocks, 0)):  # fmt: skip
-            require(isinstance(value, int) and value >= least, name, value, f"an integer >= {least}")
-        rising = signal_range is None or (len(signal_range) == 2 and signal_range[0] < signal_range[1])
+            require(is_whole(value, least), name, value, f"an integer >= {least}")
+        rising = signal_range is None or is_range(signal_range)
         require(rising, "signal_range", signal_range, "two numbers, low < high, or left out")
         waves = 1 + 2 * angle_harmonics
         coverage = waves + parameter_size

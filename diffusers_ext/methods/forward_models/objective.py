@@ -11,8 +11,11 @@ Without the second term, parts of the signal outside of \(\phi_t\) would get no 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+
+from diffusers_ext.training.config import is_number, require
 
 from .protocol import ForwardModel, Parameters, map_parameters
 
@@ -20,8 +23,15 @@ __all__ = ["batch_and_views", "forward_model_loss", "observe"]
 
 
 def batch_and_views(parameters: Parameters) -> tuple[int, int]:
-    """Returns the first two sizes of parameters `(batch, views, ...)`."""
-    first = next(iter(parameters.values())) if isinstance(parameters, Mapping) else parameters
+    """Returns the first two sizes of parameters `(batch, views, ...)`.
+
+    Raises:
+        ValueError: they have no such sizes.
+    """
+    first: Any = next(iter(parameters.values()), None) if isinstance(parameters, Mapping) else parameters
+    found = tuple(first.shape) if isinstance(first, torch.Tensor) else type(first).__name__
+    good = isinstance(first, torch.Tensor) and first.ndim >= 2
+    require(good, "parameters", found, "a tensor (batch, views, ...), or a dict of them")
     return first.shape[0], first.shape[1]
 
 
@@ -67,8 +77,8 @@ def forward_model_loss(
         A scalar: means over pixels and views of the squared errors, in fp32 (or in float64 of such signals).
 
     Raises:
-        ValueError: `novel` without its parameters, observations of another shape than the forward model's, or a sample
-            without a target.
+        ValueError: `novel` without its parameters, observations of another shape than the forward model's, a sample
+            without a target, or a weight below 0.
 
     Example:
         >>> import torch
@@ -79,11 +89,13 @@ def forward_model_loss(
         >>> signal.grad.flatten()
         tensor([-0.5000, -0.5000,  0.0000,  0.0000])
     """
+    good = is_number(novel_weight) and novel_weight >= 0
+    require(good, "novel_weight", novel_weight, "a number >= 0")
+    for name, one, other in (("novel", novel, novel_parameters), ("novel_parameters", novel_parameters, novel)):
+        require(one is not None or other is None, name, None, "given, or both it and what belongs to it left out")
     loss = _error(observe(signal, forward_model, target_parameters), target, "target", target_weights)
-    if novel is None:
+    if novel is None or novel_parameters is None:
         return loss
-    if novel_parameters is None:
-        raise ValueError("`novel_parameters` must be given with `novel`, got None.")
     return loss + novel_weight * _error(observe(signal, forward_model, novel_parameters), novel, "novel")
 
 
@@ -95,11 +107,13 @@ def _error(
             f"`{name}` must have the shape of what the forward model sees, {tuple(seen.shape)}, got "
             f"{tuple(observation.shape)}."
         )
+    require(seen.numel() > 0, name, tuple(seen.shape), "at least one observation of each sample, and one sample")
     seen = seen if seen.dtype == torch.float64 else seen.float()
     error = (seen - observation.to(seen.dtype)).square()
     if weights is None:
         return error.mean()
-    if not bool((weights.sum(1) > 0).all()):
-        raise ValueError("`target_weights` must leave at least one target observation of each sample.")
+    require(weights.shape == seen.shape[:2], "target_weights", tuple(weights.shape), str(tuple(seen.shape[:2])))
+    if not bool(((weights >= 0).all(1) & (weights.sum(1) > 0)).all()):
+        raise ValueError("`target_weights` must be >= 0 and leave at least one target observation of each sample.")
     each = error.flatten(2).mean(2)
     return ((each * weights).sum(1) / weights.sum(1)).mean()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
 
+from diffusers_ext.generation.score_levels import as_real
 from diffusers_ext.generation.stepping import (
     callback_names,
     check_generator,
@@ -21,7 +24,7 @@ from diffusers_ext.generation.stepping import (
     step_arguments,
 )
 from diffusers_ext.hub.loading import SafePipeline
-from diffusers_ext.training.config import require
+from diffusers_ext.training.config import is_number, is_range, is_whole, require
 
 from .checks import check_scheduler, checked_context, checked_parameters, seen_shape
 from .denoiser import LiftedViews, lift_views, lifted_input, signal_shape
@@ -50,6 +53,11 @@ class ForwardModelPipelineOutput(BaseOutput):
     signals: Any
     observations: Any
     parameters: Any
+
+
+def _check_noise(context_noise: Any) -> None:
+    good = is_number(context_noise) and context_noise >= 0
+    require(good, "context_noise", context_noise, "a number >= 0")
 
 
 class ForwardModelPipeline(SafePipeline):
@@ -122,12 +130,17 @@ class ForwardModelPipeline(SafePipeline):
         num_targets: int | None = None,
     ) -> None:
         super().__init__()
-        rising = signal_range is None or (len(signal_range) == 2 and signal_range[0] < signal_range[1])
+        rising = signal_range is None or is_range(signal_range)
         require(rising, "signal_range", signal_range, "two numbers, low < high, or left out")
-        require(observation_scale > 0, "observation_scale", observation_scale, "a number > 0")
-        require(context_noise >= 0, "context_noise", context_noise, "a number >= 0")
+        scaled = is_number(observation_scale) and observation_scale > 0
+        require(scaled, "observation_scale", observation_scale, "a number > 0")
+        _check_noise(context_noise)
+        for name, value, least in (("max_context_views", max_context_views, 0), ("num_targets", num_targets, 1)):
+            require(value is None or is_whole(value, least), name, value, f"an integer >= {least}, or left out")
         if scheduler is not None:
             check_scheduler(scheduler)
+        for name, part, kind in (("unet", unet, nn.Module), ("forward_model", forward_model, ForwardModel)):
+            require(isinstance(part, kind | None), name, type(part).__name__, f"a {kind.__name__}")
         accepted = (
             "handed over, `from_pretrained(REPO, forward_model=CLASS.from_pretrained(REPO, "
             "subfolder='forward_model'))`: it is of a class outside of this package"
@@ -179,6 +192,8 @@ class ForwardModelPipeline(SafePipeline):
         return torch.float64 if self.unet.dtype == torch.float64 else torch.float32
 
     def _check_guidance(self) -> None:
+        finite = is_number(self._guidance_scale)
+        require(finite, "guidance_scale", self._guidance_scale, "a number")
         accepted = "1 for a network that was not trained without context (`null_context`)"
         unguided = self._guidance_scale == 1.0
         require(unguided or self.config["null_context"], "guidance_scale", self._guidance_scale, accepted)
@@ -197,11 +212,16 @@ class ForwardModelPipeline(SafePipeline):
             `(batch, views, ...)` observations.
 
         Raises:
-            ValueError: the parameters do not fit the signals or the forward model.
+            ValueError: the parameters do not fit the signals or the forward model, or there are no such signals.
         """
-        device = self._execution_device
+        device, shape = self._execution_device, self.signal_shape
+        signals = as_real("signals", signals)
+        accepted = f"(batch, {', '.join(map(str, shape))})"
+        require(tuple(signals.shape[1:]) == shape, "signals", tuple(signals.shape), accepted)
+        require(bool(signals.isfinite().all()), "signals", "NaN or infinite numbers", "finite")
+        signals = signals.to(device, torch.promote_types(signals.dtype, self._precision()))
         views = checked_parameters(self.forward_model, parameters, "parameters", len(signals), device)
-        return observe(signals.to(device), self.forward_model, views)
+        return observe(signals, self.forward_model, views)
 
     def _warn_of_views(self, given: int, chunks: list[list[int]], guided: bool) -> None:
         """Warns of more views at once than the network was trained with."""
@@ -217,7 +237,7 @@ class ForwardModelPipeline(SafePipeline):
 
     def _check_numbers(self, sampling: str, output_type: str, whole: dict[str, int]) -> None:
         for name, value in whole.items():
-            require(isinstance(value, int) and value >= 1, name, value, "an integer >= 1")
+            require(is_whole(value), name, value, "an integer >= 1")
         require(sampling in SAMPLING, "sampling", sampling, f"one of {list(SAMPLING)}")
         require(output_type in OUTPUT_TYPES, "output_type", output_type, f"one of {list(OUTPUT_TYPES)}")
         if output_type == "pil":
@@ -302,27 +322,30 @@ class ForwardModelPipeline(SafePipeline):
         self._check_guidance()
         if context_noise is None:
             context_noise = float(self.config["context_noise"])
-        require(context_noise >= 0, "context_noise", context_noise, "a number >= 0")
+        _check_noise(context_noise)
         offered = self._callback_tensor_inputs
         names = callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs, offered)
         context: Any = None
         batch, views = 1, 0
         if observations is not None:
-            observations = torch.as_tensor(observations).to(self._execution_device, self._precision())
+            observations = as_real("observations", observations).to(self._execution_device, self._precision())
             known = checked_context(self.forward_model, observations, parameters, self.signal_shape)
             batch, views = batch_and_views(known)
             context = lift_views(self.unet, self.forward_model, observations, known).repeated(num_samples)
         else:
             require(parameters is None, "parameters", type(parameters).__name__, "left out without `observations`")
             if target_parameters is not None:
-                batch, _ = batch_and_views(map_parameters(torch.as_tensor, target_parameters))
+                given = map_parameters(partial(as_real, "target_parameters"), target_parameters)
+                batch, _ = batch_and_views(given)
         n = batch * num_samples
         check_generator(generator, n)
         targets = self._target_parameters(target_parameters, batch, num_samples, num_views, generator)
         shape = (*batch_and_views(targets), *seen_shape(self.forward_model, targets, self.signal_shape))
         if latents is None:
             latents = randn_tensor(shape, generator, self._execution_device, self._precision())
+        latents = as_real("latents", latents)
         require(tuple(latents.shape) == shape, "latents", tuple(latents.shape), f"of shape {shape}")
+        require(bool(latents.isfinite().all()), "latents", "NaN or infinite numbers", "finite")
         latents = latents.to(self._execution_device, self._precision())
 
         arguments = step_arguments(self.scheduler, eta, generator)
@@ -409,6 +432,9 @@ class ForwardModelPipeline(SafePipeline):
         inputs = lifted_input(noisy, context)
         if with_null:
             inputs = torch.cat([inputs, lifted_input(noisy)])
+        channels = self.unet.config.get("in_channels", inputs.shape[1])
+        accepted = f"a network of {inputs.shape[1]} input channels, as `lifted_input` makes them"
+        require(channels == inputs.shape[1], "unet", channels, accepted)
         return self.unet(inputs.to(self._network_dtype), t, return_dict=False)[0].to(inputs.dtype)
 
     def _regressed(self, like: torch.Tensor, parameters: Any, context: LiftedViews | None) -> torch.Tensor:

@@ -7,7 +7,7 @@ import math
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from diffusers_ext.training.config import require
+from diffusers_ext.training.config import is_number, is_whole, require
 
 from .protocol import ForwardModel, Parameters
 from .rays import as_angles, centers, even_angles, frame_of, sampled
@@ -45,9 +45,9 @@ class ProjectionForwardModel(ForwardModel):
     @register_to_config
     def __init__(self, num_bins: int, extent: float = 1.0, num_angles: int | None = None) -> None:
         super().__init__()
-        require(num_bins >= 1, "num_bins", num_bins, "an integer >= 1")
-        require(0 < extent < math.inf, "extent", extent, "a number > 0")
-        require(num_angles is None or num_angles >= 1, "num_angles", num_angles, "an integer >= 1, or left out")
+        require(is_whole(num_bins), "num_bins", num_bins, "an integer >= 1")
+        require(is_number(extent) and extent > 0, "extent", extent, "a number > 0")
+        require(num_angles is None or is_whole(num_angles), "num_angles", num_angles, "an integer >= 1, or left out")
 
     def forward(self, signal: torch.Tensor, parameters: Parameters) -> torch.Tensor:
         """Projects.

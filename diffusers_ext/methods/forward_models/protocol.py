@@ -10,7 +10,7 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin
 
 from diffusers_ext.hub.loading import SafeLoadingMixin
-from diffusers_ext.training.config import require
+from diffusers_ext.training.config import is_range, require
 
 __all__ = ["ForwardModel", "Parameters", "check_differentiable", "map_parameters"]
 
@@ -51,6 +51,7 @@ def map_parameters(function: Callable[..., torch.Tensor], *parameters: Parameter
         require(tensors, "parameters", [type(other).__name__ for other in parameters], "all tensors or all dicts")
         return function(*parameters)
     names = set(first)
+    require(len(names) > 0, "parameters", {}, "a tensor, or a dict of one or more")
     for other in parameters:
         alike = isinstance(other, Mapping) and set(other) == names
         require(alike, "parameters", sorted(other) if isinstance(other, Mapping) else "a tensor", str(sorted(names)))
@@ -96,6 +97,16 @@ class ForwardModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         # Without a tensor a model saves but does not load; it also says the device and dtype.
         self.register_buffer("placeholder", torch.zeros(()))
 
+    def __call__(self, signal: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+        """Calls `forward` with one entry of the parameters for each signal; fewer would be broadcast unseen.
+
+        Raises:
+            ValueError: parameters are missing, or those of another number of observations.
+        """
+        require(isinstance(signal, torch.Tensor), "signal", type(signal).__name__, "a tensor (batch, ...)")
+        self._check_batch(parameters, len(signal))
+        return super().__call__(signal, parameters)
+
     def forward(self, signal: torch.Tensor, parameters: Parameters) -> torch.Tensor:
         """Observes signals.
 
@@ -129,14 +140,19 @@ class ForwardModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         Raises:
             ValueError: parameters are missing, not finite or outside of what the forward model takes.
         """
+        self._check_batch(parameters, n)
+        for name, value in _leaves(parameters):
+            require(not value.is_complex(), name, str(value.dtype), "real numbers")
+            finite = not value.is_floating_point() or bool(value.isfinite().all())
+            require(finite, name, "NaN or infinite numbers", "finite")
+
+    def _check_batch(self, parameters: Parameters, n: int | None) -> None:
         require(parameters is not None, "parameters", None, f"those of {type(self).__name__}")
         for name, value in _leaves(parameters):
             require(isinstance(value, torch.Tensor), name, type(value).__name__, "a tensor")
             require(value.ndim > 0, name, tuple(value.shape), "of shape (batch, ...)")
             accepted = f"one entry for each of {n} observations"
             require(n is None or len(value) == n, name, tuple(value.shape), accepted)
-            finite = not value.is_floating_point() or bool(value.isfinite().all())
-            require(finite, name, "NaN or infinite numbers", "finite")
 
     def observation_shape(self, signal_shape: Sequence[int], parameters: Parameters) -> tuple[int, ...]:
         """Returns the shape of an observation without the batch.
@@ -213,14 +229,16 @@ def check_differentiable(
         generator: draws the signal.
 
     Raises:
-        ValueError: the observation has no gradient, one that is 0 everywhere, or one with NaN; the message names the
-            forward model.
+        ValueError: an argument is wrong, or the observation has no gradient, one that is 0 everywhere, or one with
+            NaN; the message names the forward model.
 
     Example:
         >>> import torch
         >>> from diffusers_ext import CropForwardModel, check_differentiable
         >>> check_differentiable(CropForwardModel(size=2, sample_size=8), (1, 8, 8), torch.zeros(3, 2))
     """
+    require(is_range(signal_range), "signal_range", signal_range, "two numbers, low < high")
+    forward_model.check_parameters(parameters)
     name, low, high = type(forward_model).__name__, *signal_range
     n = len(next(_leaves(parameters))[1])
     device = forward_model.device

@@ -72,6 +72,9 @@ class ForwardModelRecipe(Recipe[ForwardModelConfig]):
                 f"`ForwardModelRecipe(config, forward_model)`, got {config.forward_model!r} and "
                 f"{type(forward_model).__name__}."
             )
+        accepted = "a ForwardModel, or left out"
+        good = isinstance(forward_model, ForwardModel | None)
+        require(good, "forward_model", type(forward_model).__name__, accepted)
         self.forward_model = self._named() if forward_model is None else forward_model
         self.signal_shape, self.signal_range = config.shape(), config.range()
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from diffusers_ext.training.config import require
+from diffusers_ext.training.config import is_number, is_whole, require
 
 from .protocol import ForwardModel, Parameters
 
@@ -20,8 +21,8 @@ def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     Raises:
         ValueError: they are not one or two whole numbers above 0; the message has `name`.
     """
-    both = (value, value) if isinstance(value, int) else tuple(value)
-    require(len(both) == 2 and all(isinstance(v, int) and v > 0 for v in both), name, value, "one or two integers > 0")
+    both: Any = tuple(value) if isinstance(value, list | tuple) else (value, value)
+    require(len(both) == 2 and all(map(is_whole, both)), name, value, "one or two integers > 0")
     return both[0], both[1]
 
 
@@ -63,8 +64,13 @@ class CropForwardModel(ForwardModel):
 
         Returns:
             `(batch, channels, *size)`.
+
+        Raises:
+            ValueError: the signal is of another size than `sample_size`.
         """
         assert isinstance(parameters, torch.Tensor)
+        accepted = f"(batch, channels, {', '.join(map(str, self.sample_size))}), as `sample_size` says"
+        require(signal.ndim == 4 and signal.shape[2:] == self.sample_size, "signal", tuple(signal.shape), accepted)
         corner = parameters.to(signal.device, torch.long)
         rows, columns = (corner[:, i, None] + torch.arange(self.size[i], device=signal.device) for i in range(2))
         which = torch.arange(len(signal), device=signal.device)[:, None, None]
@@ -113,7 +119,8 @@ class MaskForwardModel(ForwardModel):
     def __init__(self, sample_size: int | Sequence[int], keep_probability: float = 0.5) -> None:
         super().__init__()
         self.sample_size = pair("sample_size", sample_size)
-        require(0 < keep_probability <= 1, "keep_probability", keep_probability, "in (0, 1]")
+        good = is_number(keep_probability) and 0 < keep_probability <= 1
+        require(good, "keep_probability", keep_probability, "in (0, 1]")
 
     def forward(self, signal: torch.Tensor, parameters: Parameters) -> torch.Tensor:
         """Blackens what is not seen.
@@ -124,8 +131,13 @@ class MaskForwardModel(ForwardModel):
 
         Returns:
             As `signal`.
+
+        Raises:
+            ValueError: the masks are of another size than the signal.
         """
         assert isinstance(parameters, torch.Tensor)
+        fits = signal.ndim == 4 and parameters.shape in (signal.shape, signal[:, :1].shape)
+        require(fits, "parameters", tuple(parameters.shape), f"masks of 1 or all channels of {tuple(signal.shape)}")
         return signal * parameters.to(signal)
 
     def sample_parameters(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 
-from diffusers_ext.training.config import require
+from diffusers_ext.training.config import is_number, is_whole, require
 
 from .protocol import ForwardModel, Parameters
 from .rays import FULL_TURN, as_angles, centers, even_angles, frame_of, sampled
@@ -51,7 +51,7 @@ def render_cells(
     a_i = 1 - exp(-sigma_i d_i), T_i = prod_{j<i} (1 - a_j), w_i = T_i a_i.
 
     Args:
-        density: `(batch, ..., cells)` sigma >= 0 from the camera on.
+        density: `(batch, ..., cells)` sigma >= 0 from the camera on, floats.
         color: `(batch, channels, ..., cells)`.
         length: d of the cells, one number or `(cells,)`.
         near: where the first cell begins.
@@ -60,6 +60,9 @@ def render_cells(
     Returns:
         Colour, opacity and depth, without the last axis.
 
+    Raises:
+        ValueError: colours are not those of these cells, or lengths or `near` no numbers of their range.
+
     Example:
         >>> import torch
         >>> from diffusers_ext import render_cells
@@ -67,6 +70,12 @@ def render_cells(
         >>> round(slab.color.item(), 6), round(slab.opacity.item(), 6)
         (0.618799, 0.864665)
     """
+    fits = color.shape[0:1] + color.shape[2:] == density.shape
+    require(fits, "color", tuple(color.shape), f"(batch, channels, ..., cells) of densities {tuple(density.shape)}")
+    require(density.is_floating_point(), "density", str(density.dtype), "floats")
+    good = isinstance(length, torch.Tensor) or (is_number(length) and length > 0)
+    require(good, "length", length, "a number > 0, or a tensor (cells,)")
+    require(is_number(near), "near", near, "a number")
     lengths = torch.as_tensor(length, dtype=density.dtype, device=density.device).expand(density.shape[-1])
     absorbed = density * lengths
     before = F.pad(absorbed.cumsum(-1), (1, 0))  # of cell i what cells 0 to i - 1 absorb; the last is that of all
@@ -139,16 +148,21 @@ class VolumeForwardModel(ForwardModel):
         num_angles: int | None = None,
     ) -> None:
         super().__init__()
-        sizes = [size] if isinstance(size, int) else list(size)
-        require(len(sizes) in (1, 2) and min(sizes) >= 1, "size", size, "one or two integers >= 1")
-        require(num_samples >= 2, "num_samples", num_samples, "an integer >= 2")
-        require(0 <= near < far, "near", near, f"at least 0 and below `far`, {far}")
-        require(0 < density_scale < math.inf, "density_scale", density_scale, "a number > 0")
+        sizes = list(size) if isinstance(size, list | tuple) else [size]
+        require(len(sizes) in (1, 2) and all(map(is_whole, sizes)), "size", size, "one or two integers >= 1")
+        require(is_whole(num_samples, 2), "num_samples", num_samples, "an integer >= 2")
+        require(is_number(far), "far", far, "a number")
+        require(is_number(near) and 0 <= near < far, "near", near, f"at least 0 and below `far`, {far}")
+        colors = list(background) if isinstance(background, list | tuple) else [background]
+        good = len(colors) > 0 and all(map(is_number, colors))
+        require(good, "background", background, "a number, or one for each channel")
+        for name, value in (("density_scale", density_scale), ("extent", extent)):
+            require(is_number(value) and value > 0, name, value, "a number > 0")
         require(output in OUTPUTS, "output", output, f"one of {list(OUTPUTS)}")
-        narrow = field_of_view is None or 0 < field_of_view < math.pi
+        narrow = field_of_view is None or (is_number(field_of_view) and 0 < field_of_view < math.pi)
         require(narrow, "field_of_view", field_of_view, "an angle between 0 and pi, or left out")
-        require(0 < extent < math.inf, "extent", extent, "a number > 0")
-        require(num_angles is None or num_angles >= 1, "num_angles", num_angles, "an integer >= 1, or left out")
+        require(distance is None or is_number(distance), "distance", distance, "a number, or left out")
+        require(num_angles is None or is_whole(num_angles), "num_angles", num_angles, "an integer >= 1, or left out")
         self.negative_densities: int | torch.Tensor = 0  # grows on the device, so that nothing waits for it
 
     def forward(self, signal: torch.Tensor, parameters: Parameters) -> torch.Tensor:
@@ -188,6 +202,9 @@ class VolumeForwardModel(ForwardModel):
         values = sampled(field, starts[..., None, :] + depths[:, None] * directions[..., None, :])
         background: torch.Tensor = torch.as_tensor(self.config.background, dtype=signal.dtype, device=signal.device)
         background = background.reshape(-1, *[1] * (signal.ndim - 3))
+        painted = signal.shape[1] - 1 if colored else 1
+        accepted = f"one number, or {painted}, one a channel"
+        require(len(background) in (1, painted), "background", self.config.background, accepted)
         color = values[:, 1:] if colored else (1 - 2 * (depths - near) / (far - near)).expand_as(values[:, :1])
         return render_cells(values[:, 0], color, length, near, background)
 
@@ -280,7 +297,7 @@ class VolumeForwardModel(ForwardModel):
         return even_angles(n, FULL_TURN, self.config.num_angles, generator)
 
     def check_parameters(self, parameters: Parameters, n: int | None = None) -> None:
-        """Refuses what are neither angles nor matrices.
+        """Refuses what are neither angles nor matrices of a rigid motion.
 
         Raises:
             ValueError: as said, or parameters are missing or not finite.
@@ -288,3 +305,10 @@ class VolumeForwardModel(ForwardModel):
         super().check_parameters(parameters, n)
         if not (isinstance(parameters, torch.Tensor) and parameters.shape[1:] in ((3, 3), (4, 4))):
             as_angles(parameters)
+            return
+        matrices = parameters.cpu().double()
+        turn, unit = matrices[:, :-1, :-1], torch.eye(matrices.shape[1], dtype=torch.float64)
+        rigid = (turn.mT @ turn - unit[:-1, :-1]).abs().amax((1, 2)) + (matrices[:, -1] - unit[-1]).abs().amax(1)
+        bad = matrices[rigid > 1e-3].tolist()
+        accepted = "angles, or matrices of columns of length 1 at right angles and a place, above a row 0, ..., 1"
+        require(not bad, "parameters", bad[:1], accepted)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 
-from diffusers_ext.training.config import require
+from diffusers_ext.training.config import is_number, require
 
 from .protocol import ForwardModel, Parameters
 from .rays import centers
@@ -45,7 +44,7 @@ class WarpForwardModel(ForwardModel):
     @register_to_config
     def __init__(self, flow_scale: float = 1.0) -> None:
         super().__init__()
-        require(0 < flow_scale < math.inf, "flow_scale", flow_scale, "a number > 0")
+        require(is_number(flow_scale) and flow_scale > 0, "flow_scale", flow_scale, "a number > 0")
 
     def forward(self, signal: torch.Tensor, parameters: Parameters) -> torch.Tensor:
         """Moves images.
@@ -56,8 +55,13 @@ class WarpForwardModel(ForwardModel):
 
         Returns:
             `(batch, channels, height, width)`, as the images.
+
+        Raises:
+            ValueError: the signal is no flow.
         """
         assert isinstance(parameters, torch.Tensor)
+        flow = signal.ndim == 4 and signal.shape[1] == 2
+        require(flow, "signal", tuple(signal.shape), "a flow (batch, 2, height, width)")
         image = parameters.to(signal)
         height, width = image.shape[-2:]
         flow = signal * self.config.flow_scale

@@ -10,7 +10,8 @@ import torch
 
 from diffusers_ext.generation.score_field import ScoreField
 from diffusers_ext.rng import mix
-from diffusers_ext.training.callbacks import Callback, Run
+from diffusers_ext.training.callbacks import Callback, Run, cut_log
+from diffusers_ext.training.config import is_whole, require
 
 from .draws import default_sigmas
 from .gauge import SteinResidual, stein_residual
@@ -52,8 +53,7 @@ class SteinResidualCallback(Callback):
         for (name, least), value in zip(
             least_of.items(), (every, num_images, num_sigmas, num_draws, batch_size), strict=True
         ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"`{name}` must be an integer >= {least}, got {value!r}.")
+            require(is_whole(value, least), name, value, f"an integer >= {least}")
         self.every, self.num_images, self.num_sigmas = every, num_images, num_sigmas
         self.num_draws, self.batch_size = num_draws, batch_size
         self.residual: SteinResidual | None = None
@@ -75,8 +75,7 @@ class SteinResidualCallback(Callback):
             )
         path = Path(trainer.config.output_dir) / "stein_residual.jsonl"
         if trainer.accelerator.is_main_process and path.is_file():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= trainer.step]
-            path.write_text("".join(line + "\n" for line in lines))
+            cut_log(path, trainer.step)
 
     def on_step_end(self, trainer: Run) -> None:
         """Measures every `every` updates, on the main process."""

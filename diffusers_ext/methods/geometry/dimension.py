@@ -15,8 +15,9 @@ from typing import Literal
 import torch
 
 from diffusers_ext.generation.score_field import ScoreField
+from diffusers_ext.training.config import is_whole, require
 
-from .draws import check_images, check_sigmas, check_tolerance, denoising_moments, image_seeds, rows_of
+from .draws import check_images, check_sigma, check_sigmas, check_tolerance, denoising_moments, image_seeds, rows_of
 from .flow import flow_jacobian, probability_flow
 from .gauge import SteinResidual
 from .jacobian import probes_at
@@ -73,6 +74,9 @@ def find_plateau(
         Sigma and dimension where |d ln LID / d ln sigma| is least among 0.5 < LID < 0.9 D, or `None` if it is 0.2 or
         more there or nothing counts.
 
+    Raises:
+        ValueError: an argument is wrong.
+
     Example:
         >>> import torch
         >>> from diffusers_ext import find_plateau
@@ -87,12 +91,14 @@ def find_plateau(
     if sigmas.ndim != 1 or sigmas.shape != curve.shape:
         shapes = tuple(sigmas.shape), tuple(curve.shape)
         raise ValueError(f"`sigmas` and `curve` must be tensors of one shape (sigmas,), got {shapes}.")
-    if masked is not None and (masked.dtype != torch.bool or masked.shape != sigmas.shape):
+    if masked is not None and (getattr(masked, "dtype", None) != torch.bool or masked.shape != sigmas.shape):
         raise ValueError(f"`masked` must be bool of the shape {tuple(sigmas.shape)}, got {masked!r}.")
-    if slope_error is not None and slope_error.shape != sigmas.shape:
-        raise ValueError(f"`slope_error` must have the shape {tuple(sigmas.shape)}, got {tuple(slope_error.shape)}.")
-    if dim < 1:
-        raise ValueError(f"`dim` must be an integer >= 1, got {dim!r}.")
+    if slope_error is not None and getattr(slope_error, "shape", None) != sigmas.shape:
+        found = tuple(getattr(slope_error, "shape", ())) or slope_error
+        raise ValueError(f"`slope_error` must have the shape {tuple(sigmas.shape)}, got {found}.")
+    require(is_whole(dim), "dim", dim, "an integer >= 1")
+    rising = bool((sigmas > 0).all() and (sigmas.diff() > 0).all())
+    require(rising, "sigmas", sigmas.tolist(), "rising numbers > 0")
     if len(sigmas) < 2:
         return None
     sigmas, curve = sigmas.double().cpu(), curve.double().cpu()
@@ -164,7 +170,7 @@ def local_dimension(
     """
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
-    check_images(field, x, batch_size)
+    x = check_images(field, x, batch_size)
     dim = x[0].numel()
     if dim > LARGEST.get(method, dim):
         raise ValueError(f"`x` must have at most {LARGEST[method]} values an image for {method!r}, got {dim}.")
@@ -246,6 +252,7 @@ def normal_bundle_values(
             gram += seen.T @ seen
             total += seen.sum(0)
         gram = gram / draws - torch.outer(total, total) / draws**2
+        require(bool(gram.isfinite().all()), "field", "NaN or infinity", f"finite at sigma {sigma:.4g}")
         found.append(torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0))
     return found
 
@@ -317,7 +324,8 @@ def rank_by_dimension(
     Raises:
         ValueError: an argument is wrong, or the field is a score at none of the levels.
     """
-    check_images(field, x, batch_size, least=2, num_draws=(num_draws, 2))
+    x = check_images(field, x, batch_size, least=2, num_draws=(num_draws, 2))
+    sigma = None if sigma is None else check_sigma(field, sigma)
     found = local_dimension(field, x, sigmas=sigma, num_draws=num_draws, batch_size=batch_size, generator=generator)
     index = 0
     if sigma is None:
@@ -328,4 +336,5 @@ def rank_by_dimension(
             )
         index = int((~found.masked).nonzero()[0]) if flat is None else found.sigmas.tolist().index(flat[0])
     values = found.curve[:, index]
+    require(bool(values.isfinite().all()), "field", "NaN or infinity", f"finite at sigma {found.sigmas[index]:.4g}")
     return values.argsort(stable=True), values, found.sigmas[index].item()

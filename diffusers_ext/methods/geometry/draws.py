@@ -8,9 +8,11 @@ import torch
 
 from diffusers_ext.generation.score_field import ScoreField
 from diffusers_ext.generation.score_levels import as_levels
+from diffusers_ext.training.config import is_number, is_whole, require
 
 __all__ = [
     "check_images",
+    "check_sigma",
     "check_sigmas",
     "check_tolerance",
     "default_sigmas",
@@ -107,27 +109,41 @@ def check_sigmas(field: ScoreField, sigmas: float | Sequence[float] | torch.Tens
     return found.tolist()
 
 
+def check_sigma(field: ScoreField, sigma: float | torch.Tensor) -> float:
+    """Returns one sigma.
+
+    Raises:
+        ValueError: it is not one number within the scheduler's levels.
+    """
+    found = as_levels(sigma, "sigma")
+    require(found.numel() == 1, "sigma", sigma, "one number")
+    field.at(found)
+    return float(found)
+
+
 def check_images(
-    field: ScoreField, x: torch.Tensor, batch_size: int, least: int = 1, **counts: tuple[int, int]
-) -> None:
-    """Checks the field, images, the batch size, and counts by name, each with the least that is accepted.
+    field: ScoreField, x: torch.Tensor, batch_size: int, least: int = 1, name: str = "x", **counts: tuple[int, int]
+) -> torch.Tensor:
+    """Checks the field, images (called `name`), the batch size, and counts by name, each with the least accepted.
+
+    Returns:
+        The images without gradient, in float32 or float64.
 
     Raises:
         ValueError: one of them is wrong; the message names it.
     """
     if not isinstance(field, ScoreField):
         raise ValueError(f"`field` must be a ScoreField, got {type(field).__name__}.")
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim < 2 or len(x) < least:
+    images = isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim >= 2 and x.numel() > 0
+    if not images or len(x) < least:
         found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ValueError(f"`x` must be floats of the shape (images >= {least}, ...), got {found}.")
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError("`x` must be finite, got NaN or infinity.")
-    for name, (value, minimum) in {"batch_size": (batch_size, 1), **counts}.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise ValueError(f"`{name}` must be an integer >= {minimum}, got {value!r}.")
+        raise ValueError(f"`{name}` must be floats of the shape (images >= {least}, ...), got {found}.")
+    require(bool(torch.isfinite(x).all()), name, "NaN or infinity", "finite")
+    for count, (value, minimum) in {"batch_size": (batch_size, 1), **counts}.items():
+        require(is_whole(value, minimum), count, value, f"an integer >= {minimum}")
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
 def check_tolerance(tol: float) -> None:
     """Checks the tolerance of a solver."""
-    if not (isinstance(tol, int | float) and 0 < tol < 1):
-        raise ValueError(f"`tol` must be a number between 0 and 1, got {tol!r}.")
+    require(is_number(tol) and 0 < tol < 1, "tol", tol, "a number between 0 and 1")

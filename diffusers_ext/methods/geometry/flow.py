@@ -9,7 +9,9 @@ import torch
 
 from diffusers_ext.generation.score_field import ScoreField
 from diffusers_ext.generation.score_levels import as_levels
+from diffusers_ext.training.config import require
 
+from .draws import check_images
 from .jacobian import exact_jacobian
 
 __all__ = ["at_y", "flow_jacobian", "probability_flow"]
@@ -35,10 +37,13 @@ def probability_flow(field: ScoreField, y: torch.Tensor, sigmas: Sequence[float]
         y at the last sigma.
 
     Raises:
-        ValueError: there are fewer than two sigmas, or one is outside the levels.
+        ValueError: there are fewer than two sigmas, one is outside the levels, or `y` are no finite floats.
     """
-    if len(field.at(as_levels(sigmas, "sigmas").flatten()).sigma) < 2:
-        raise ValueError(f"`sigmas` must be two levels or more, got {sigmas!r}.")
+    y = check_images(field, y, 1, name="y")
+    levels = as_levels(sigmas, "sigmas")
+    require(levels.ndim == 1 and len(levels) >= 2, "sigmas", sigmas, "two levels or more")
+    field.at(levels)
+    sigmas = levels.tolist()
     for now, then in zip(sigmas, sigmas[1:], strict=False):
         first = at_y(field, y, now)
         second = at_y(field, y + (then - now) * first, then)

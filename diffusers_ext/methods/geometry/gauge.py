@@ -7,7 +7,6 @@ tells nothing, and neither does a symmetric one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from diffusers_ext.generation.score_field import ScoreField
+from diffusers_ext.training.config import is_number
 
 from .draws import check_images, check_sigmas, denoising_moments, image_seeds, rows_of
 from .jacobian import probes_at
@@ -87,7 +87,7 @@ def stein_residual(
     Raises:
         ValueError: fewer than two images, or another argument is wrong.
     """
-    check_images(field, x, batch_size, least=2, num_draws=(num_draws, 1))
+    x = check_images(field, x, batch_size, least=2, num_draws=(num_draws, 1))
     levels, seeds = check_sigmas(field, sigmas), image_seeds(len(x), generator)
     moments = [denoising_moments(field, x, sigma, seeds, num_draws, batch_size) for sigma in levels]
     errors, residuals = (torch.stack([pair[k].mean(1) for pair in moments], 1) for k in (0, 1))
@@ -207,7 +207,7 @@ def gauge_residual(
     Raises:
         ValueError: fewer than two images, or another argument is wrong.
     """
-    check_images(field, x, batch_size, least=2, num_draws=(num_draws, 1))
+    x = check_images(field, x, batch_size, least=2, num_draws=(num_draws, 1))
     levels, seeds = check_sigmas(field, sigmas), image_seeds(len(x), generator)
     functions = functions or TestFunctions(x[0].numel())
     if not isinstance(functions, TestFunctions) or functions.linear.shape[1] != x[0].numel():
@@ -266,7 +266,7 @@ def conservativity(
     Raises:
         ValueError: fewer than two images or probes, or another argument is wrong.
     """
-    check_images(field, x, batch_size, least=2, num_probes=(num_probes, 2))
+    x = check_images(field, x, batch_size, least=2, num_probes=(num_probes, 2))
     levels, seeds = check_sigmas(field, sigmas), image_seeds(len(x), generator)
     columns = []
     for sigma in levels:
@@ -301,11 +301,12 @@ def gauge_transform(field: ScoreField, Q: torch.Tensor, beta: Beta = 1.0) -> Sco
     """
     if not isinstance(field, ScoreField):
         raise ValueError(f"`field` must be a ScoreField, got {type(field).__name__}.")
-    square = isinstance(Q, torch.Tensor) and Q.ndim == 2 and Q.shape[0] == Q.shape[1] and bool(torch.isfinite(Q).all())
+    floats = isinstance(Q, torch.Tensor) and Q.is_floating_point() and Q.numel() > 0
+    square = floats and Q.ndim == 2 and Q.shape[0] == Q.shape[1] and bool(torch.isfinite(Q).all())
     if not square or not torch.allclose(Q, -Q.T, atol=1e-6 * float(Q.abs().max())):
         found = f"one of shape {tuple(Q.shape)}" if isinstance(Q, torch.Tensor) else type(Q).__name__
         raise ValueError(f"`Q` must be an antisymmetric (D, D) matrix of finite numbers, got {found}.")
-    if not callable(beta) and not (isinstance(beta, int | float) and math.isfinite(beta)):
+    if not callable(beta) and not is_number(beta):
         raise ValueError(f"`beta` must be a finite number or a function of y and sigma, got {beta!r}.")
     return _Gauged(field, Q, beta)
 
@@ -325,14 +326,18 @@ class _Gauged(ScoreField):
         Q = self.Q.to(seen)  # noqa: N806
         if not callable(self.beta):
             return seen + self.beta * (seen.flatten(1) @ Q.T).view_as(seen)
-        a, b = self.field.coefficients(sigma, x, beyond)
-        levels = torch.as_tensor(sigma, dtype=seen.dtype, device=x.device).expand(len(x))
         graph = x.requires_grad and torch.is_grad_enabled()
-        with torch.enable_grad():
-            y = (x if graph else x.detach().requires_grad_()) / a
+        with torch.inference_mode(False), torch.enable_grad():
+            a, b = self.field.coefficients(sigma, x, beyond)
+            levels = torch.as_tensor(sigma, dtype=seen.dtype, device=x.device).expand(len(x))
+            y = (x if graph else x.detach().clone().requires_grad_()) / a
             beta = self.beta(y, levels)
             if not isinstance(beta, torch.Tensor) or beta.shape != (len(x),):
                 raise ValueError(f"`beta` must return a tensor of the shape ({len(x)},), got {beta!r}.")
+            if not beta.requires_grad:
+                raise ValueError(
+                    "`beta` must return a function of y that is differentiable; give a constant as a number."
+                )
             slope = torch.autograd.grad(beta.sum(), y, create_graph=graph)[0].flatten(1)
         ratio = (b / a).view(-1, 1)  # the gradient by x is that by y over a
         turned = beta.view(-1, 1) * (seen.flatten(1) @ Q.T) - ratio * (slope @ Q.T)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from diffusers_ext.generation.score_field import ScoreField
 from diffusers_ext.hub.loading import checked_folder
 from diffusers_ext.rng import mix
 from diffusers_ext.training.config import check_types, described, require
-from diffusers_ext.training.results import check_settings, write_json
+from diffusers_ext.training.results import check_settings, read_json, write_json
 
 from .dimension import LARGEST, local_dimension, slope_errors
 from .draws import default_sigmas, denoising_moments, image_seeds, rows_of
@@ -65,6 +64,8 @@ class InspectConfig:
         for name, least in (("num_images", 2), ("num_sigmas", 2), ("num_draws", 2), ("batch_size", 1)):
             require(getattr(self, name) >= least, name, getattr(self, name), f"an integer >= {least}")
         require(self.seed >= 0, "seed", self.seed, "an integer >= 0")
+        size = self.resolution
+        require(size is None or size >= 1, "resolution", size, "an integer >= 1 or left out")
         unknown = [name for name in self.names if name not in QUANTITIES]
         require(not unknown, "quantities", self.quantities, f"some of {', '.join(QUANTITIES)} joined by commas")
         require(Path(self.data).exists(), "data", self.data, "an existing folder or file")
@@ -104,10 +105,11 @@ def inspect_model(config: InspectConfig) -> Inspection:
     records = []
     for index in tqdm(range(len(x)), desc="inspecting", unit="image"):
         path = folder / "images" / f"{index:06d}.json"
-        if not path.is_file():
+        record = read_json(path)
+        if not {"index", *config.names} <= record.keys():  # missing, or cut by a full disk
             record = measure(field_.select(torch.tensor([index])), x[index : index + 1], index, sigmas, config, pixel)
             write_json(path, record)
-        records.append(json.loads(path.read_text()))
+        records.append(record)
     found = summary(records, sigmas, dim)
     found.save(folder)
     return found

@@ -12,7 +12,7 @@ import torch
 
 from diffusers_ext.generation.score_field import ScoreField
 
-from .draws import check_images, image_seeds, rows_of
+from .draws import check_images, check_sigma, image_seeds, rows_of
 
 __all__ = ["JacobianProbes", "exact_jacobian", "jacobian_probes", "vector_jacobian"]
 
@@ -42,11 +42,13 @@ def vector_jacobian(
     field: ScoreField, x: torch.Tensor, sigma: float | torch.Tensor, vectors: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Returns E at the rows of x, and \(v^\top J\) of each row, both of x's shape."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
+    # In inference mode there would silently be no gradient; of what was made in it, autograd takes copies alone.
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
         seen = field.eps(x, sigma)
+        vectors = vectors.to(seen.dtype).clone()
         # A field that does not depend on x has no gradient at all.
-        product = torch.autograd.grad(seen, x, vectors.to(seen.dtype), allow_unused=True)[0] if seen.grad_fn else None
+        product = torch.autograd.grad(seen, x, vectors, allow_unused=True)[0] if seen.grad_fn else None
     return seen.detach(), torch.zeros_like(seen) if product is None else product
 
 
@@ -74,7 +76,8 @@ def jacobian_probes(
     Raises:
         ValueError: fewer than two probes, or another argument is wrong.
     """
-    check_images(field, x, batch_size, num_probes=(num_probes, 2))
+    x = check_images(field, x, batch_size, num_probes=(num_probes, 2))
+    sigma = check_sigma(field, sigma)
     return probes_at(field, x, sigma, image_seeds(len(x), generator), num_probes, batch_size)
 
 
@@ -122,9 +125,12 @@ def exact_jacobian(field: ScoreField, x: torch.Tensor, sigma: float, batch_size:
 
     Returns:
         `(images, D, D)`, entry (i, j) the derivative of \(E_i\) by \(x_j\).
+
+    Raises:
+        ValueError: an argument is wrong.
     """
-    check_images(field, x, batch_size)
-    dim = x[0].numel()
+    x = check_images(field, x, batch_size)
+    sigma, dim = check_sigma(field, sigma), x[0].numel()
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     jacobian = torch.empty(len(x), dim, dim, dtype=dtype, device=x.device)
     units = torch.eye(dim, dtype=dtype, device=x.device).view(dim, *x.shape[1:])

@@ -17,6 +17,8 @@ import torch
 from scipy.integrate import solve_ivp
 
 from diffusers_ext.generation.score_field import ScoreField
+from diffusers_ext.generation.score_levels import as_levels
+from diffusers_ext.training.config import is_number, require
 
 from .draws import check_images, check_tolerance, image_seeds, rows_of
 from .flow import at_y
@@ -86,6 +88,8 @@ def _rk45(traces: _Traces, y: torch.Tensor, low: float, high: float, tol: float)
     shape, dim = y.shape, y.numel()
 
     def slope(angle: float, state: np.ndarray) -> np.ndarray:
+        if not math.isfinite(angle):  # SciPy's first step, where the field is not finite: it would never end
+            raise OverflowError
         cosine, sine = math.cos(angle), math.sin(angle)
         z = state[:-1]
         at = torch.from_numpy(z / cosine).to(y).view(shape)
@@ -95,8 +99,11 @@ def _rk45(traces: _Traces, y: torch.Tensor, low: float, high: float, tol: float)
 
     ends = math.atan(low), math.atan(high)
     start = np.append(y.double().cpu().numpy().ravel() * math.cos(ends[0]), 0.0)
-    result: Any = solve_ivp(slope, ends, start, method="RK45", rtol=tol, atol=tol)
-    if not result.success:
+    try:
+        result: Any = solve_ivp(slope, ends, start, method="RK45", rtol=tol, atol=tol)
+    except OverflowError:
+        result = None
+    if result is None or not result.success:
         return torch.full_like(y, math.nan), math.nan
     squeezed = dim * math.log(math.cos(ends[0]) / math.cos(ends[1]))  # density of y against that of z
     end = torch.from_numpy(result.y[:-1, -1] / math.cos(ends[1])).to(y).view(shape)
@@ -155,15 +162,20 @@ def log_likelihood(
     Warns:
         UserWarning: an image is so far off that its flow overflows; its nats are -inf.
     """
-    check_images(field, x, batch_size, num_probes=(num_probes, 2), num_steps=(num_steps, 2))
+    x = check_images(field, x, batch_size, num_probes=(num_probes, 2), num_steps=(num_steps, 2))
     if method not in ("rk45", "heun"):
         raise ValueError(f"`method` must be 'rk45' or 'heun', got {method!r}.")
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"`trace` must be 'hutchinson' or 'exact', got {trace!r}.")
     check_tolerance(tol)
+    require(is_number(bin_width) and bin_width > 0, "bin_width", bin_width, "a number > 0")
     levels = field.levels.sigma
-    low, high = float(levels[0]) if sigma_min is None else float(sigma_min), float(levels[-1])
-    field.at(low)
+    low, high = float(levels[0]), float(levels[-1])
+    if sigma_min is not None:
+        found = as_levels(sigma_min, "sigma_min")
+        inside = bool(((found >= low * (1 - 1e-6)) & (found <= high * (1 + 1e-6))).all()) and found.numel() == 1
+        require(inside, "sigma_min", sigma_min, f"one number within the scheduler's levels, {low:.4g} to {high:.4g}")
+        low = float(found)
     dim = x[0].numel()
     own = [low, *levels[levels > low * (1 + 1e-9)].tolist()]
     wanted = torch.logspace(math.log10(low), math.log10(high), num_steps + 1, dtype=torch.float64)

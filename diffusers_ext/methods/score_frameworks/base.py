@@ -12,6 +12,7 @@ from diffusers.utils import numpy_to_pil
 
 from diffusers_ext.generation.stepping import callback_names, check_generator
 from diffusers_ext.hub.loading import SafePipeline
+from diffusers_ext.training.config import is_number, is_whole, require
 
 from .sampling import Estimator
 
@@ -31,8 +32,7 @@ class DenoiserPipeline(SafePipeline):
 
     def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, image_scale: float = 1.0) -> None:
         super().__init__()
-        if not image_scale > 0:
-            raise ValueError(f"`image_scale` must be a number > 0, got {image_scale!r}.")
+        require(is_number(image_scale) and image_scale > 0, "image_scale", image_scale, "a number > 0")
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(image_scale=image_scale)
         self._num_timesteps, self._interrupt = 0, False
@@ -70,8 +70,7 @@ class DenoiserPipeline(SafePipeline):
             ValueError: one is wrong; the message names it.
         """
         for name, value in (("num_inference_steps", num_inference_steps), ("num_samples", num_samples)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be an integer >= 1, got {value!r}.")
+            require(is_whole(value), name, value, "an integer >= 1")
 
     def _check_call(
         self, output_type: str, callback: Callable[..., Any] | None, callback_names_given: list[str]

@@ -15,6 +15,9 @@ import torch
 from torch import nn
 
 from diffusers_ext.generation.score_levels import PREDICTIONS, as_levels, noise_from_output, sigma_of_timestep
+from diffusers_ext.training.config import require
+
+from .langevin import falling_sigmas
 
 __all__ = ["NCSNDenoiser", "ncsn_as_denoiser", "score_from_output"]
 
@@ -35,7 +38,7 @@ def score_from_output(
         The gradient of the log-density of y, of its shape. That of \(a y\) is 1/a times it.
 
     Raises:
-        ValueError: the prediction type is unknown, or a level is not above 0.
+        ValueError: the prediction type is unknown, a level is not above 0, or shapes differ.
 
     Example:
         >>> import torch
@@ -45,9 +48,12 @@ def score_from_output(
     """
     if prediction_type not in PREDICTIONS:
         raise ValueError(f"`prediction_type` must be one of {list(PREDICTIONS)}, got {prediction_type!r}.")
+    for name, value in (("output", output), ("sample", sample)):
+        floats = isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == sample.shape
+        require(floats, name, type(value).__name__, "a tensor of floats, both of one shape")
     level = as_levels(sigma, "sigma")
-    if not bool((level > 0).all()):
-        raise ValueError(f"`sigma` must be above 0, got {sigma!r}.")
+    good = bool(((level > 0) & level.isfinite()).all()) and level.numel() in (1, len(sample))
+    require(good, "sigma", sigma, f"above 0 and finite, one or {len(sample)}")
     if level.ndim:
         level = level.view(-1, *[1] * (sample.ndim - 1))
     a = 1 / (1 + level) if prediction_type == "flow_prediction" else (1 + level.square()).rsqrt()
@@ -86,6 +92,7 @@ class NCSNDenoiser(nn.Module):
         level = len(self.sigmas) - 1 - t.round().long()
         output = self.model(y, level.to(sample.device))
         output = output if isinstance(output, torch.Tensor) else output[0]
+        require(output.shape == sample.shape, "model", tuple(output.shape), f"one that returns {tuple(sample.shape)}")
         return -(self.sigmas[level].to(sample).view(shape) * output if self.scaled_by_sigma else output)
 
 
@@ -106,7 +113,7 @@ def ncsn_as_denoiser(
         A module of (sample, timestep), as a DDPM-trained network, on the schedule with its `betas` as `trained_betas`.
 
     Raises:
-        ValueError: `sigmas` are not falling numbers above 0.
+        ValueError: `sigmas` are not falling numbers above 0, or the model is no function.
 
     Example:
         >>> import torch
@@ -121,7 +128,5 @@ def ncsn_as_denoiser(
         >>> bool(torch.isclose(denoiser(x, t), (1 - denoiser.alphas_cumprod[t]).sqrt() * x))
         True
     """
-    levels = as_levels(sigmas, "sigmas")
-    if levels.ndim != 1 or len(levels) < 2 or not bool((levels > 0).all() and (levels.diff() < 0).all()):
-        raise ValueError(f"`sigmas` must be two falling numbers above 0 or more, got {sigmas!r}.")
-    return NCSNDenoiser(model, levels, scaled_by_sigma)
+    require(callable(model), "model", type(model).__name__, "a network or a function of y and labels")
+    return NCSNDenoiser(model, falling_sigmas(sigmas), scaled_by_sigma)

@@ -10,8 +10,9 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.special import ndtr
 
 from diffusers_ext.generation.score_levels import as_levels
+from diffusers_ext.training.config import is_number, is_whole, require
 
-__all__ = ["check_sigmas", "geometric_sigmas", "langevin_step_size", "largest_distance"]
+__all__ = ["check_sigmas", "falling_sigmas", "geometric_sigmas", "langevin_step_size", "largest_distance"]
 
 
 def check_sigmas(sigma_max: float, sigma_min: float) -> None:
@@ -20,10 +21,21 @@ def check_sigmas(sigma_max: float, sigma_min: float) -> None:
     Raises:
         ValueError: they are not 0 < sigma_min < sigma_max.
     """
-    if not 0 < sigma_min < math.inf:
-        raise ValueError(f"`sigma_min` must be a number above 0, got {sigma_min!r}.")
-    if not sigma_min < sigma_max < math.inf:
-        raise ValueError(f"`sigma_max` must be a number above `sigma_min`, {sigma_min}, got {sigma_max!r}.")
+    require(is_number(sigma_min) and sigma_min > 0, "sigma_min", sigma_min, "a number above 0")
+    above = is_number(sigma_max) and sigma_max > sigma_min
+    require(above, "sigma_max", sigma_max, f"a number above `sigma_min`, {sigma_min}")
+
+
+def falling_sigmas(sigmas: Any) -> torch.Tensor:
+    """Returns falling noise levels in float64.
+
+    Raises:
+        ValueError: they are not two or more falling numbers above 0.
+    """
+    levels = as_levels(sigmas, "sigmas")
+    good = levels.ndim == 1 and len(levels) >= 2 and bool((levels > 0).all() and (levels.diff() < 0).all())
+    require(good and levels[0].item() < math.inf, "sigmas", sigmas, "two falling numbers above 0 or more")
+    return levels
 
 
 def _ratio(dimension: int, overlap: float) -> float:
@@ -76,14 +88,13 @@ def geometric_sigmas(
     if (num_levels is None) == (dimension is None):
         raise ValueError(f"`num_levels` or `dimension` must be given, one of them, got {num_levels} and {dimension}.")
     if dimension is not None:
-        if dimension < 1:
-            raise ValueError(f"`dimension` must be an integer >= 1, got {dimension!r}.")
-        ratio = _ratio(dimension, overlap) if 0 < overlap < 1 else math.nan
+        require(is_whole(dimension), "dimension", dimension, "an integer >= 1")
+        ratio = _ratio(dimension, overlap) if is_number(overlap) and 0 < overlap < 1 else math.nan
         if math.isnan(ratio):
             raise ValueError(f"`overlap` must be in (0, 1) and one that {dimension} values reach, got {overlap!r}.")
         num_levels = 1 + math.ceil(math.log(sigma_max / sigma_min) / math.log(ratio))
-    if num_levels is None or num_levels < 2:
-        raise ValueError(f"`num_levels` must be an integer >= 2, got {num_levels!r}.")
+    require(is_whole(num_levels, 2), "num_levels", num_levels, "an integer >= 2")
+    assert num_levels is not None
     logs = torch.linspace(math.log(sigma_max), math.log(sigma_min), num_levels, dtype=torch.float64)
     return logs.exp()
 
@@ -102,11 +113,8 @@ def langevin_step_size(sigmas: list[float] | torch.Tensor, steps_per_level: int)
     Raises:
         ValueError: the levels do not fall, or there is no step.
     """
-    levels = as_levels(sigmas, "sigmas")
-    if levels.ndim != 1 or len(levels) < 2 or not bool((levels > 0).all() and (levels.diff() < 0).all()):
-        raise ValueError(f"`sigmas` must be two falling numbers above 0 or more, got {sigmas!r}.")
-    if steps_per_level < 1:
-        raise ValueError(f"`steps_per_level` must be an integer >= 1, got {steps_per_level!r}.")
+    levels = falling_sigmas(sigmas)
+    require(is_whole(steps_per_level), "steps_per_level", steps_per_level, "an integer >= 1")
     squared = (levels[0] / levels[-1]).item() ** (2 / (len(levels) - 1))
 
     def h(log_share: float) -> float:  # of share = e / sigma_L^2, in (0, 1)
@@ -126,9 +134,12 @@ def largest_distance(images: torch.Tensor, batch_size: int = 1024) -> float:
         batch_size: images that are compared with all others at once.
 
     Raises:
-        ValueError: there are fewer than two images, or numbers that are not finite.
+        ValueError: there are fewer than two images, or they are no finite floats, or the batch size is below 1.
     """
-    if len(images) < 2 or not bool(torch.isfinite(images).all()):
-        raise ValueError(f"`images` must be two or more, of finite numbers, got the shape {tuple(images.shape)}.")
+    floats = isinstance(images, torch.Tensor) and images.is_floating_point() and images.ndim >= 2
+    if not floats or len(images) < 2 or not bool(torch.isfinite(images).all()):
+        found = f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, torch.Tensor) else repr(images)
+        raise ValueError(f"`images` must be two or more, (images, ...) of finite floats, got {found}.")
+    require(is_whole(batch_size), "batch_size", batch_size, "an integer >= 1")
     rows = images.flatten(1).float()
     return max(torch.cdist(part, rows).max().item() for part in rows.split(batch_size))

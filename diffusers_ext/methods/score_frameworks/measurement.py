@@ -1,7 +1,8 @@
 r"""Linear measurements of images, \(Y = A x + n\), and the correction that they ask of a clean estimate.
 
-Of an estimate with the error covariance \(r^2\) it is \(A^T (A A^T + s/r^2)^{-1} (Y - A x_0)\), s the variance of one
-real number of the noise: the posterior mean, were the error Gaussian and white. For Fourier samples it is closed.
+Of an estimate with the error covariance \(r^2\) it is
+\(A^T (A A^T + s/r^2)^{-1} (Y - A x_0) = (A^T A + s/r^2)^{-1} A^T (Y - A x_0)\), s the variance of one real number of
+the noise: the posterior mean, were the error Gaussian and white. For Fourier samples it is closed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
+from diffusers_ext.generation.score_levels import as_real
+from diffusers_ext.training.config import is_number, is_whole, require
 
 __all__ = ["FourierSampling", "LinearOperator", "Solver", "conjugate_gradients"]
 
@@ -47,10 +51,8 @@ class LinearOperator:
         for name, function in (("forward", forward), ("adjoint", adjoint)):
             if not callable(function):
                 raise ValueError(f"`{name}` must be a function of a tensor, got {function!r}.")
-        if not (isinstance(max_iterations, int) and max_iterations >= 1):
-            raise ValueError(f"`max_iterations` must be an integer >= 1, got {max_iterations!r}.")
-        if not tolerance > 0:
-            raise ValueError(f"`tolerance` must be a number > 0, got {tolerance!r}.")
+        require(is_whole(max_iterations), "max_iterations", max_iterations, "an integer >= 1")
+        require(is_number(tolerance) and tolerance > 0, "tolerance", tolerance, "a number > 0")
         self._forward, self._adjoint = forward, adjoint
         self.max_iterations, self.tolerance = max_iterations, tolerance
 
@@ -73,15 +75,17 @@ class LinearOperator:
             ValueError: it is no tensor of finite numbers of the kind and shape that `forward` returns, or the adjoint
                 belongs to another function.
         """
-        if not isinstance(measurement, torch.Tensor) or measurement.ndim < 2:
-            raise ValueError(f"`measurement` must be a tensor (batch, ...), got {_kind(measurement)}.")
+        tensor = isinstance(measurement, torch.Tensor) and measurement.ndim >= 2 and measurement.numel() > 0
+        if not tensor or not (measurement.is_floating_point() or measurement.is_complex()):
+            raise ValueError(f"`measurement` must be floats or complex, (batch, ...), got {_kind(measurement)}.")
         if not bool(torch.isfinite(measurement).all()):
             raise ValueError("`measurement` must be finite, got NaN or infinity.")
         try:
             image = self.adjoint(measurement)
             noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)).to(image)
             expected = self.forward(noise)
-        except (RuntimeError, TypeError) as error:
+            there, back = (expected.conj() * expected).real.sum(), (noise * self.adjoint(expected)).sum()
+        except Exception as error:  # functions of one's own raise many kinds
             raise ValueError(
                 f"`measurement` must be what `operator` makes of images, got {_kind(measurement)}: {error}"
             ) from error
@@ -89,7 +93,6 @@ class LinearOperator:
             raise ValueError(
                 f"`measurement` must be {_kind(expected)}, as `operator` makes it, got {_kind(measurement)}."
             )
-        there, back = (expected.conj() * expected).real.sum(), (noise * self.adjoint(expected)).sum()
         if not torch.isclose(there, back, rtol=1e-3):
             raise ValueError(
                 "`operator` must have an adjoint with <A x, A x> = <x, A^T A x>, got one with "
@@ -110,13 +113,12 @@ class LinearOperator:
         variance = noise_std**2 / (2 if measurement.is_complex() else 1)
 
         def correction(clean: torch.Tensor, error: float) -> torch.Tensor:
-            def normal(y: torch.Tensor) -> torch.Tensor:
-                return self.forward(self.adjoint(y)) + variance / error * y
+            def normal(x: torch.Tensor) -> torch.Tensor:
+                return self.adjoint(self.forward(x)) + variance / error * x
 
-            solution = conjugate_gradients(
-                normal, measurement - self.forward(clean), self.max_iterations, self.tolerance
-            )
-            return self.adjoint(solution)
+            # Of images rather than measurements: these have a solution also where no image gives the measurement.
+            missing = self.adjoint(measurement - self.forward(clean))
+            return conjugate_gradients(normal, missing, self.max_iterations, self.tolerance)
 
         return correction
 
@@ -151,7 +153,7 @@ class FourierSampling(LinearOperator):
 
     def __init__(self, mask: torch.Tensor, sensitivity_maps: torch.Tensor | None = None) -> None:
         super().__init__(self._sample, self._fill)
-        mask = torch.as_tensor(mask)
+        mask = as_real("mask", mask)
         if mask.ndim == 1:
             mask = mask.expand(len(mask), -1)
         if mask.ndim != 2 or mask.numel() == 0:
@@ -161,7 +163,9 @@ class FourierSampling(LinearOperator):
         self.mask = mask.bool()
         self.sensitivity_maps = None
         if sensitivity_maps is not None:
-            maps = torch.as_tensor(sensitivity_maps)
+            maps = sensitivity_maps
+            tensor = isinstance(maps, torch.Tensor) and maps.numel() > 0 and bool(maps.isfinite().all())
+            require(tensor, "sensitivity_maps", _kind(maps), "a tensor of finite numbers")
             if maps.ndim != 3 or maps.shape[1:] != mask.shape:
                 accepted = f"(coils, {mask.shape[0]}, {mask.shape[1]}), as the mask"
                 raise ValueError(f"`sensitivity_maps` must have the shape {accepted}, got {tuple(maps.shape)}.")
@@ -169,6 +173,8 @@ class FourierSampling(LinearOperator):
 
     def _sample(self, image: torch.Tensor) -> torch.Tensor:
         maps = self.sensitivity_maps
+        one = maps is None or image.shape[1] == 1
+        require(one, "image", tuple(image.shape), "of one channel, which the coils' maps multiply")
         image = image if maps is None else image * maps.to(image.device)
         return torch.fft.fft2(image, norm="ortho") * self.mask.to(image.device)
 
@@ -183,12 +189,15 @@ class FourierSampling(LinearOperator):
         Raises:
             ValueError: also where it is real, or of another size than the mask.
         """
-        if isinstance(measurement, torch.Tensor) and not measurement.is_complex():
+        self._check_kspace(measurement)
+        return super().check(measurement)
+
+    def _check_kspace(self, measurement: torch.Tensor) -> None:
+        if not isinstance(measurement, torch.Tensor) or not measurement.is_complex():
             raise ValueError(f"`measurement` must be complex, as k-space is, got {_kind(measurement)}.")
-        if isinstance(measurement, torch.Tensor) and measurement.shape[-2:] != self.mask.shape:
+        if measurement.shape[-2:] != self.mask.shape:
             size = tuple(self.mask.shape)
             raise ValueError(f"`measurement` must be of the mask's size, {size}, got {_kind(measurement)}.")
-        return super().check(measurement)
 
     def complete(self, measurement: torch.Tensor, noise_std: float) -> tuple[torch.Tensor, torch.Tensor]:
         r"""Fills k-space by its symmetry, \(Y(-k) = \overline{Y(k)}\); of what is measured twice takes the mean.
@@ -202,8 +211,10 @@ class FourierSampling(LinearOperator):
             `(height, width)`, infinite there.
 
         Raises:
-            ValueError: there are sensitivity maps, which make the images complex.
+            ValueError: there are sensitivity maps, which make the images complex, or an argument is wrong.
         """
+        self._check_kspace(measurement)
+        require(is_number(noise_std) and noise_std >= 0, "noise_std", noise_std, "a number >= 0")
         if self.sensitivity_maps is not None:
             raise ValueError("`sensitivity_maps` must be left out: images times maps have no such symmetry.")
         mask = self.mask.to(measurement.device)
@@ -230,7 +241,7 @@ class FourierSampling(LinearOperator):
 def conjugate_gradients(
     apply: Callable[[torch.Tensor], torch.Tensor], right: torch.Tensor, max_iterations: int, tolerance: float
 ) -> torch.Tensor:
-    """Solves `apply(x) = right` for each sample of a batch; complex numbers count as two real ones.
+    """Solves `apply(x) = right` for each sample of a batch.
 
     Args:
         apply: symmetric, and positive where the right side lies.
@@ -240,7 +251,7 @@ def conjugate_gradients(
     """
 
     def inner(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return (u.conj() * v).real.flatten(1).sum(1).view(-1, *[1] * (u.ndim - 1))
+        return (u * v).flatten(1).sum(1).view(-1, *[1] * (u.ndim - 1))
 
     x, residual = torch.zeros_like(right), right
     direction, size = residual, inner(residual, residual)

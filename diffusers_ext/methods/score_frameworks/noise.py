@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from diffusers_ext.rng import StepRNG
+from diffusers_ext.training.config import is_number, is_whole, require
 
 __all__ = ["SimplexNoise"]
 
@@ -54,12 +55,10 @@ class SimplexNoise:
     def __init__(
         self, frequency: float = 64.0, octaves: int = 6, persistence: float = 0.8, unit_variance: bool = True
     ) -> None:
-        if not frequency > 0:
-            raise ValueError(f"`frequency` must be a number > 0, got {frequency!r}.")
-        if not (isinstance(octaves, int) and octaves >= 1):
-            raise ValueError(f"`octaves` must be an integer >= 1, got {octaves!r}.")
-        if not 0 < persistence <= 1:
-            raise ValueError(f"`persistence` must be a number in (0, 1], got {persistence!r}.")
+        require(is_number(frequency) and frequency > 0, "frequency", frequency, "a number > 0")
+        require(is_whole(octaves), "octaves", octaves, "an integer >= 1")
+        inside = is_number(persistence) and 0 < persistence <= 1
+        require(inside, "persistence", persistence, "a number in (0, 1]")
         self.frequency, self.octaves, self.persistence = float(frequency), octaves, float(persistence)
         amplitudes = [persistence**i for i in range(octaves)]
         scale = 1 / math.sqrt(VARIANCE * sum(a**2 for a in amplitudes)) if unit_variance else PUBLISHED

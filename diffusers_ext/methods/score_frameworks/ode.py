@@ -9,6 +9,7 @@ import torch
 from scipy.integrate import RK45
 
 from diffusers_ext.generation.score_field import ScoreField
+from diffusers_ext.training.config import is_number, require
 
 from .sde import SDE, SDEKind, make_sde
 
@@ -36,7 +37,8 @@ def _first_step(
     whole, sign = abs(end - start), 1.0 if end > start else -1.0
     scale = atol + x.abs() * rtol
     d0, d1 = _size(x / scale), _size(f / scale)
-    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1).clamp(max=whole)
+    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
+    h0 = h0.nan_to_num(1e-6).clamp(max=whole)  # where the slope is not finite, which the first step then refuses
     ahead = slope(torch.full_like(h0, start) + sign * h0, x + sign * h0[:, None] * f, rows)
     d2 = _size((ahead - f) / scale) / h0
     steepest = torch.maximum(d1, d2)
@@ -153,10 +155,11 @@ def solve_probability_flow(
     if direction not in ("generate", "encode"):
         raise ValueError(f"`direction` must be 'generate' or 'encode', got {direction!r}.")
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if not value > 0:
-            raise ValueError(f"`{name}` must be a number above 0, got {value!r}.")
-    if sample.ndim < 2 or not bool(torch.isfinite(sample).all()):
-        raise ValueError(f"`sample` must be finite numbers of the shape (batch, ...), got {tuple(sample.shape)}.")
+        require(is_number(value) and value > 0, name, value, "a number above 0")
+    floats = isinstance(sample, torch.Tensor) and sample.is_floating_point() and sample.ndim >= 2 and len(sample) > 0
+    found = tuple(sample.shape) if isinstance(sample, torch.Tensor) else type(sample).__name__
+    good = floats and bool(torch.isfinite(sample).all())
+    require(good, "sample", found, "finite floats of the shape (batch, ...)")
     field = ScoreField(model, scheduler, **model_kwargs)
     process: Any = getattr(scheduler, "sde", "vp") if sde is None else sde
     if not isinstance(process, SDE):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
@@ -14,6 +14,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
 from diffusers_ext.data.reading import read_images
+from diffusers_ext.generation.score_levels import as_real
+from diffusers_ext.training.config import is_number, is_whole, require
 
 from .base import DenoiserPipeline, as_output
 from .noise import SimplexNoise
@@ -58,8 +60,7 @@ def smoothed(maps: torch.Tensor, std: float) -> torch.Tensor:
     Raises:
         ValueError: `std` is negative.
     """
-    if not (std >= 0 and math.isfinite(std)):
-        raise ValueError(f"`smoothing` must be a number >= 0 of pixels, got {std!r}.")
+    require(is_number(std) and std >= 0, "smoothing", std, "a number >= 0 of pixels")
     if std == 0:
         return maps
     reach = int(TRUNCATE * std + 0.5)
@@ -108,6 +109,8 @@ class AnomalyDetectionPipeline(DenoiserPipeline):
         calibration: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(unet, scheduler, image_scale)
+        kept = calibration is None or isinstance(calibration, dict)
+        require(kept, "calibration", calibration, "what `calibrate` keeps, or left out")
         self.register_to_config(calibration=calibration)
 
     def check_inputs(
@@ -125,8 +128,7 @@ class AnomalyDetectionPipeline(DenoiserPipeline):
         Raises:
             ValueError: one is wrong; the message names it.
         """
-        if not 0 < strength <= 1:
-            raise ValueError(f"`strength` must be a number in (0, 1], got {strength!r}.")
+        require(is_number(strength) and 0 < strength <= 1, "strength", strength, "a number in (0, 1]")
         if noise not in NOISES and not isinstance(noise, SimplexNoise):
             raise ValueError(f"`noise` must be one of {list(NOISES)} or a SimplexNoise, got {noise!r}.")
         if score not in SCORES:
@@ -136,9 +138,9 @@ class AnomalyDetectionPipeline(DenoiserPipeline):
         partial_levels(self._estimator().field, strength, num_inference_steps)
         if threshold is None:
             return None
-        if threshold != "calibrated":
-            if isinstance(threshold, str) or not (threshold >= 0 and math.isfinite(threshold)):
-                raise ValueError(f"`threshold` must be a number >= 0, 'calibrated' or left out, got {threshold!r}.")
+        if not (isinstance(threshold, str) and threshold == "calibrated"):
+            good = is_number(threshold) and threshold >= 0
+            require(good, "threshold", threshold, "a number >= 0, 'calibrated' or left out")
             return float(threshold)
         found: Any = self.config["calibration"]
         if found is None:
@@ -269,10 +271,8 @@ class AnomalyDetectionPipeline(DenoiserPipeline):
         Raises:
             ValueError: an argument is wrong; the message names it.
         """
-        if not 0 < quantile < 1:
-            raise ValueError(f"`quantile` must be a number in (0, 1), got {quantile!r}.")
-        if not (isinstance(batch_size, int) and batch_size >= 1):
-            raise ValueError(f"`batch_size` must be an integer >= 1, got {batch_size!r}.")
+        require(is_number(quantile) and 0 < quantile < 1, "quantile", quantile, "a number in (0, 1)")
+        require(is_whole(batch_size), "batch_size", batch_size, "an integer >= 1")
         whole, described = call_settings(settings)
         read = self._read(images, generator)
         where = _where(mask, read)
@@ -283,7 +283,8 @@ class AnomalyDetectionPipeline(DenoiserPipeline):
             found: Any = self(read[rows.to(read.device)], **call)
             maps = found.anomaly_map
             values.append(maps.flatten() if part is None else maps[part])
-        threshold = float(torch.cat(values).double().quantile(quantile))
+        # torch's quantile takes 16 million values at most.
+        threshold = float(np.quantile(torch.cat(values).double().cpu().numpy(), quantile))
         self.register_to_config(calibration={**described, "quantile": quantile, "threshold": threshold})
         return threshold
 
@@ -320,7 +321,7 @@ def _where(mask: Any, images: torch.Tensor) -> torch.Tensor | None:
     """Returns where to look, `(batch, 1, height, width)`, bool."""
     if mask is None:
         return None
-    given = torch.as_tensor(mask)
+    given = as_real("mask", mask)
     full = (len(images), 1, *images.shape[2:])
     if tuple(given.shape) not in (full, (1, *full[1:]), full[2:]):
         raise ValueError(f"`mask` must have the shape {full[2:]} or {full}, got {tuple(given.shape)}.")

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from diffusers.utils import BaseOutput
 
+from diffusers_ext.training.config import is_number, require
+
 from .base import DenoiserPipeline, as_output
 from .measurement import LinearOperator, Solver
 from .sampling import Estimator, ddim_step, draw_rows, scheduler_levels
@@ -60,8 +62,8 @@ def corrected(
         clean = estimator(x, sigma)
         return clean + solve(clean, error)
     a, b = estimator.coefficients(sigma)
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()  # copied: autograd takes none that was made in inference mode
         clean = estimator(x, sigma)
         asked = solve(clean.detach(), error)
         push = torch.autograd.grad(clean, x, asked / error)[0] * (b**2 / a)
@@ -109,14 +111,11 @@ class ReconstructionPipeline(DenoiserPipeline):
             raise ValueError(
                 f"`operator` must be a FourierSampling or another LinearOperator, got {type(operator).__name__}."
             )
-        if not (noise_std >= 0 and math.isfinite(noise_std)):
-            raise ValueError(f"`noise_std` must be a number >= 0, got {noise_std!r}.")
+        require(is_number(noise_std) and noise_std >= 0, "noise_std", noise_std, "a number >= 0")
         if method not in METHODS:
             raise ValueError(f"`method` must be one of {list(METHODS)}, got {method!r}.")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"`eta` must be a number in [0, 1], got {eta!r}.")
-        if not (data_variance > 0 and math.isfinite(data_variance)):
-            raise ValueError(f"`data_variance` must be a number > 0, got {data_variance!r}.")
+        require(is_number(eta) and 0 <= eta <= 1, "eta", eta, "a number in [0, 1]")
+        require(is_number(data_variance) and data_variance > 0, "data_variance", data_variance, "a number > 0")
 
     @torch.no_grad()
     def __call__(

@@ -13,6 +13,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_ext.generation.score_levels import noise_from_output, sigma_of_timestep, timestep_of_sigma
+from diffusers_ext.generation.stepping import check_generator
 
 __all__ = ["FrameworkScheduler", "Move"]
 
@@ -60,14 +61,23 @@ class FrameworkScheduler(SchedulerMixin, ConfigMixin):
         if config.prediction_type not in KINDS:
             raise ValueError(f"`prediction_type` must be one of {list(KINDS)}, got {config.prediction_type!r}.")
         names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-        stock = DDPMScheduler(**{name: config[name] for name in names})
+        given = {name: config[name] for name in names}
+        try:
+            stock = DDPMScheduler(**given)
+            len(stock.alphas_cumprod)
+        except (NotImplementedError, TypeError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"`beta_schedule` or `trained_betas` and the numbers that go with them must be those of a "
+                f"DDPMScheduler, got {given}: {error}"
+            ) from error
         self.betas, self.alphas_cumprod = stock.betas, stock.alphas_cumprod
-        if config.rescale_betas_zero_snr or not bool(self.alphas_cumprod[-1] > 0):
+        if config.rescale_betas_zero_snr or not bool((self.alphas_cumprod > 0).all()):
             raise ValueError(
                 "`rescale_betas_zero_snr` must be False and the schedule must not end at zero SNR, where the level of "
-                f"noise is infinite, got {config.rescale_betas_zero_snr!r} and a last `alphas_cumprod` of "
-                f"{float(self.alphas_cumprod[-1]):.4g}."
+                f"noise is infinite, got {config.rescale_betas_zero_snr!r} and a least `alphas_cumprod` of "
+                f"{float(self.alphas_cumprod.min()):.4g}."
             )
+        sigma_of_timestep(self.alphas_cumprod, 0)  # which checks the others
         self._moves: list[Move] = []
         self.num_inference_steps = None
         self.timesteps = torch.arange(len(self.alphas_cumprod) - 1, -1, -1, dtype=torch.float32)
@@ -101,6 +111,21 @@ class FrameworkScheduler(SchedulerMixin, ConfigMixin):
         raise NotImplementedError
 
     # ------------------------------------------------------------ what pipelines ask for
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Makes the scheduler for the network of another one; see Diffusers.
+
+        Raises:
+            ValueError: the other scheduler has no betas, such as one of flow matching, for which stock schedulers
+                would silently take their defaults.
+        """
+        # A configuration that is given by hand may have any part of the names; one of a scheduler has all.
+        whole = isinstance(config, dict) and ("_class_name" in config or "_use_default_values" in config)
+        if whole and "beta_schedule" not in config:
+            found = config.get("_class_name", f"one of {sorted(config)}")
+            raise ValueError(f"`config` must be that of a scheduler with `beta_schedule`, got {found}.")
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
@@ -168,8 +193,14 @@ class FrameworkScheduler(SchedulerMixin, ConfigMixin):
             return_dict: return an object with `prev_sample` and `pred_original_sample` instead of a tuple of them.
 
         Raises:
-            ValueError: `set_timesteps` was not called.
+            ValueError: `set_timesteps` was not called, or shapes or generators are of another batch.
         """
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"`model_output` must have the shape of `sample`, {tuple(sample.shape)}, got "
+                f"{tuple(model_output.shape)}."
+            )
+        check_generator(generator, len(sample))
         move = self._next(timestep)
         x = sample.float() if sample.dtype in (torch.float16, torch.bfloat16) else sample
         scale = (1 + move.sigma**2) ** -0.5
@@ -201,7 +232,19 @@ class FrameworkScheduler(SchedulerMixin, ConfigMixin):
             noise: the same shape, standard normal.
             timesteps: `(batch,)` of the network's, fractions included, or one. One of `self.timesteps` stands for the
                 noise level there, also where that lies beyond the network's own.
+
+        Raises:
+            ValueError: shapes differ, or a timestep is outside the network's.
         """
+        for name, value, good in (
+            ("noise", noise, noise.shape == original_samples.shape),
+            ("timesteps", timesteps, timesteps.numel() in (1, len(original_samples))),
+        ):
+            if not good:
+                raise ValueError(
+                    f"`{name}` must be those of samples of the shape {tuple(original_samples.shape)}, got the shape "
+                    f"{tuple(value.shape)}."
+                )
         sigma = sigma_of_timestep(self.alphas_cumprod, timesteps)
         for i, t in enumerate(timesteps.reshape(-1).tolist()) if self._moves else ():
             known = (self.timesteps == t).nonzero()

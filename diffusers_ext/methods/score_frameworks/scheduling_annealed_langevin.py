@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from diffusers.configuration_utils import register_to_config
 
+from diffusers_ext.training.config import is_number, is_whole, require
+
 from .langevin import check_sigmas, geometric_sigmas, langevin_step_size
 from .scheduling import FrameworkScheduler, Move
 
@@ -78,10 +80,10 @@ class AnnealedLangevinScheduler(FrameworkScheduler):
             ("num_levels", num_levels, 2),
             ("dimension", dimension, 1),
         ):
-            if value is not None and value < least:
-                raise ValueError(f"`{name}` must be an integer >= {least}, got {value!r}.")
-        if step_size is not None and not step_size > 0:
-            raise ValueError(f"`step_size` must be a number above 0, got {step_size!r}.")
+            left_out = value is None and name != "steps_per_level"
+            require(left_out or is_whole(value, least), name, value, f"an integer >= {least}")
+        good = step_size is None or (is_number(step_size) and step_size > 0)
+        require(good, "step_size", step_size, "a number above 0")
         self.sigmas = torch.tensor([])
 
     @property

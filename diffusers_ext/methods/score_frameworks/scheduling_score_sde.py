@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
 
+from diffusers_ext.training.config import is_number, is_whole, require
+
+from .langevin import check_sigmas
 from .scheduling import FrameworkScheduler, Move, falling
 from .sde import SDE, VPSDE, SDEKind, make_sde
 
@@ -100,11 +103,10 @@ class ScoreSDEScheduler(FrameworkScheduler):
             raise ValueError("`predictor` must not be 'ancestral' with `sde='subvp'`, which has no such steps.")
         if norm not in norms:
             raise ValueError(f"`norm` must be one of {list(norms)}, got {norm!r}.")
-        if corrector_steps < 0:
-            raise ValueError(f"`corrector_steps` must be an integer >= 0, got {corrector_steps!r}.")
-        if not snr > 0:
-            raise ValueError(f"`snr` must be a number above 0, got {snr!r}.")
+        require(is_whole(corrector_steps, 0), "corrector_steps", corrector_steps, "an integer >= 0")
+        require(is_number(snr) and snr > 0, "snr", snr, "a number above 0")
         high, low = self._default_sigmas()
+        check_sigmas(high, low)
         self.sde: SDE = make_sde(sde, beta_min, beta_max, low, high)
 
     @property
@@ -130,8 +132,7 @@ class ScoreSDEScheduler(FrameworkScheduler):
         Raises:
             ValueError: there is no step.
         """
-        if num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` must be an integer >= 1, got {num_inference_steps!r}.")
+        require(is_whole(num_inference_steps), "num_inference_steps", num_inference_steps, "an integer >= 1")
         predictor, kind = self.config["predictor"], self.config["sde"]
         if predictor == "euler_maruyama" or (predictor == "reverse_diffusion" and kind == "subvp"):
             predictions = self._euler_maruyama(num_inference_steps)

@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 
+from diffusers_ext.training.config import is_number
+
 from .langevin import check_sigmas
 
 __all__ = ["SDE", "VESDE", "VPSDE", "SDEKind", "SubVPSDE", "make_sde"]
@@ -80,7 +82,7 @@ class VPSDE(SDE):
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta_min < self.beta_max:
+        if not (is_number(self.beta_min) and is_number(self.beta_max) and 0 < self.beta_min < self.beta_max):
             raise ValueError(
                 f"`beta_min` must be a number between 0 and `beta_max`, {self.beta_max}, got {self.beta_min!r}."
             )

@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.data.cache import fingerprint
 from diffusers_ext.rng import mix
-from diffusers_ext.training.config import require
-from diffusers_ext.training.results import check_settings, write_json
+from diffusers_ext.training.config import is_whole, require
+from diffusers_ext.training.results import check_settings, read_json, write_json
 
 from .pipeline_anomaly import AnomalyDetectionPipeline, call_settings
-from .volumes import VolumeSlices, count_slices, open_volume, read_slices
+from .volumes import VolumeSlices, check_slicing, count_slices, open_volume, read_slices
 
 __all__ = ["detect_in_volumes"]
 
@@ -89,12 +89,14 @@ def detect_in_volumes(
     """
     require(isinstance(pipeline, AnomalyDetectionPipeline), "pipeline", pipeline, "an AnomalyDetectionPipeline")
     for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
-        good = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        require(good, name, value, f"an integer >= {least}")
+        require(is_whole(value, least), name, value, f"an integer >= {least}")
+    places = volumes if isinstance(volumes, list | tuple) else [volumes]
+    require(all(isinstance(place, str | Path) for place in places), "volumes", volumes, "a file, a folder or several")
+    require(isinstance(output_dir, str | Path), "output_dir", output_dir, "a folder")
     channels = pipeline.unet.config.in_channels
     require(channels == 1, "pipeline", f"{channels} channels", "one whose network takes 1 channel")
     side: Any = pipeline.unet.config.sample_size if size is None else size
-    require(isinstance(side, int) and side >= 1, "size", side, "an integer >= 1")
+    check_slicing(side, field_of_view, percentile)
     pipeline._check_images((1, 1, side, side), "size", None)
     threshold = settings.pop("threshold", None)
     call, described = call_settings(settings)
@@ -103,7 +105,7 @@ def detect_in_volumes(
     folder = Path(output_dir)
     decisive = {"pipeline": _digest(pipeline), **slicing, "seed": seed, **described, "threshold": limit}
     check_settings(folder, decisive, write=False)
-    sources = _sources(volumes, folder)
+    sources = _sources(places, folder)
     counts = {name: count_slices(open_volume(path), axis) for name, path in sources.items()}
     done = [name for name, path in sources.items() if _finished(folder, name, path)]
     failed = []
@@ -126,11 +128,11 @@ def detect_in_volumes(
     return records
 
 
-def _sources(volumes: Any, folder: Path) -> dict[str, Path]:
+def _sources(places: Sequence[str | Path], folder: Path) -> dict[str, Path]:
     """Returns the files by the names of their results."""
     found: dict[str, Path] = {}
     results = folder.resolve()
-    for place in [Path(volumes)] if isinstance(volumes, str | Path) else [Path(item) for item in volumes]:
+    for place in map(Path, places):
         require(place.exists(), "volumes", str(place), "files or folders that exist")
         inside = [place]
         if place.is_dir():
@@ -145,7 +147,7 @@ def _sources(volumes: Any, folder: Path) -> dict[str, Path]:
             name = (path.relative_to(place) if place.is_dir() else Path(path.name)).as_posix().removesuffix(str(kind))
             other = found.setdefault(name, path)
             require(other == path, "volumes", str(path), f"of different names, as {str(other)!r} has that one")
-    require(len(found) > 0, "volumes", volumes, "at least one file or folder")
+    require(len(found) > 0, "volumes", list(places), "at least one file or folder")
     return found
 
 
@@ -162,7 +164,7 @@ def _record(folder: Path, name: str) -> Path:
 
 def _finished(folder: Path, name: str, path: Path) -> bool:
     record = _record(folder, name)
-    return record.is_file() and record.stat().st_mtime >= path.stat().st_mtime
+    return read_json(record) != {} and record.stat().st_mtime >= path.stat().st_mtime
 
 
 def _maps(pipeline: Any, images: torch.Tensor, call: dict[str, Any], batch_size: int, seed: int, bar: Any) -> Any:

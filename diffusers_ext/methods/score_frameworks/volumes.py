@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-__all__ = ["VolumeSlices", "count_slices", "open_volume", "read_slices"]
+from diffusers_ext.training.config import is_number, is_whole, require
+
+__all__ = ["VolumeSlices", "check_slicing", "count_slices", "open_volume", "read_slices"]
 
 AXES = ("sagittal", "coronal", "axial")
 RAS = np.array([[0, 1], [1, 1], [2, 1]])  # nibabel's words for axes to the right, the front and the head
@@ -116,6 +117,18 @@ def _normal(axis: str) -> int:
     return AXES.index(axis)
 
 
+def check_slicing(size: Any, field_of_view: Any, percentile: Any) -> None:
+    """Checks arguments of `read_slices`.
+
+    Raises:
+        ValueError: one is outside its range.
+    """
+    require(is_whole(size), "size", size, "an integer >= 1")
+    require(is_number(percentile) and 0 < percentile <= 100, "percentile", percentile, "a number in (0, 100]")
+    wide = field_of_view is None or (is_number(field_of_view) and field_of_view > 0)
+    require(wide, "field_of_view", field_of_view, "a number > 0 of millimetres")
+
+
 def read_slices(
     volume: Any,
     size: int = 64,
@@ -149,12 +162,7 @@ def read_slices(
         (torch.Size([4, 1, 16, 16]), 30.0, (20, 30, 4))
     """
     normal = _normal(axis)
-    if isinstance(size, bool) or not (isinstance(size, int) and size >= 1):
-        raise ValueError(f"`size` must be an integer >= 1, got {size!r}.")
-    if not 0 < percentile <= 100:
-        raise ValueError(f"`percentile` must be a number in (0, 100], got {percentile!r}.")
-    if field_of_view is not None and not (field_of_view > 0 and math.isfinite(field_of_view)):
-        raise ValueError(f"`field_of_view` must be a number > 0 of millimetres, got {field_of_view!r}.")
+    check_slicing(size, field_of_view, percentile)
     volume = open_volume(volume) if isinstance(volume, str | Path) else _checked(volume, "an image of nibabel")
     from nibabel.affines import voxel_sizes
     from nibabel.funcs import as_closest_canonical

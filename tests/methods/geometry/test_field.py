@@ -266,7 +266,7 @@ def test_bad_input():
         with pytest.raises(ValueError, match="`scheduler` must be a Diffusers scheduler, got"):
             ScoreField(lambda x, t: x, scheduler)
     for sigma in ("a", None):
-        with pytest.raises(ValueError, match="`sigma` must be a number, or several, got"):
+        with pytest.raises(ValueError, match="`sigma` must be a real number, or several, got"):
             field.eps(x, sigma)
     with pytest.raises(ValueError, match=r"`sigma` must be one level or 1, got the shape \(2,\)"):
         field.eps(x, torch.tensor([0.5, 1.0]))
@@ -290,7 +290,7 @@ TWO = torch.zeros(2, 10, dtype=torch.float64)
     [
         (lambda f: local_dimension(None, TWO), "`field` must be a ScoreField, got NoneType"),
         (lambda f: stein_residual(f.eps, TWO), "`field` must be a ScoreField, got method"),
-        (lambda f: stein_residual(f, TWO, sigmas="a"), "`sigmas` must be a number, or several, got 'a'"),
+        (lambda f: stein_residual(f, TWO, sigmas="a"), "`sigmas` must be a real number, or several, got 'a'"),
         (lambda f: stein_residual(f, TWO, generator=3), "`generator` must be one torch.Generator or left out, got 3"),
         (lambda f: local_dimension(f, TWO, tol=float("nan")), "`tol` must be a number between 0 and 1, got nan"),
         (lambda f: local_dimension(f, TWO, sigmas=0.5, residual=3), "`residual` must be a SteinResidual"),

@@ -124,6 +124,7 @@ def test_bad_input(run, tmp_path):
         ({"quantities": "dsm,beauty"}, "`quantities` must be some of dsm, gauge"),
         ({"num_images": 1}, "`num_images` must be an integer >= 2, got 1"),
         ({"batch_size": 0}, "`batch_size` must be an integer >= 1, got 0"),
+        ({"resolution": -4}, "`resolution` must be an integer >= 1 or left out, got -4"),
         ({"data": "nowhere"}, "`data` must be an existing folder or file, got 'nowhere'"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -185,6 +186,19 @@ def test_callback_logs_the_residual_and_disturbs_nothing(tmp_path):
     again = stein_residual(ScoreField.from_pipeline(pipe), x, lines[1]["sigmas"], generator=generator)
     assert again.value.tolist() == pytest.approx(lines[1]["residual"], rel=1e-3, abs=1e-3)
     assert with_callback == train(tmp_path, "without")
+    # A run that was killed in the middle of a line, and goes on from an earlier step.
+    with (tmp_path / "with" / "stein_residual.jsonl").open("a") as file:
+        file.write(json.dumps(lines[1])[:30])
+    goes_on = SimpleNamespace(
+        config=SimpleNamespace(output_dir=tmp_path / "with"),
+        accelerator=SimpleNamespace(is_main_process=True),
+        recipe=SimpleNamespace(data=SimpleNamespace(get=lambda *_: {"pixel_values": None})),
+        exported_pipeline=nullcontext,
+        step=3,
+    )
+    callback.on_start(goes_on)
+    kept = (tmp_path / "with" / "stein_residual.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in kept] == lines[:1]
     with pytest.raises(ValueError, match="`num_images` must be an integer >= 2, got 1"):
         SteinResidualCallback(num_images=1)
 
@@ -208,3 +222,22 @@ def test_other_pipelines_are_refused_by_name(tmp_path):
     ImageGenerationPipeline(wide, DDIMScheduler()).save_pretrained(tmp_path / "wide")
     with pytest.raises(ValueError, match="`repo` must be a pipeline whose network denoises .* ImageGeneration"):
         inspect_model(InspectConfig(str(tmp_path / "wide"), str(tmp_path)))
+
+
+def test_damaged_results(run):
+    """A record that a full disk cut is measured again; settings that are none are refused."""
+    folder, words, _ = run
+    record = folder / "images" / "000001.json"
+    whole = record.read_text()
+    for damaged in (whole[:40], "{}", "[]"):
+        record.write_text(damaged)
+        main(words)
+        assert json.loads(record.read_text()) == json.loads(whole)
+    settings = folder / "settings.json"
+    kept = settings.read_text()
+    for damaged in (kept[:20], "[]"):
+        settings.write_text(damaged)
+        with pytest.raises(SystemExit, match=r"error: `output_dir` must be another folder: the settings.json"):
+            main(words)
+    settings.write_text(kept)
+    assert not list(folder.rglob("*.tmp"))

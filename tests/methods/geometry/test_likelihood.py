@@ -155,7 +155,10 @@ def test_bad_input():
         ({"num_probes": 1}, "`num_probes` must be an integer >= 2, got 1"),
         ({"num_steps": 1}, "`num_steps` must be an integer >= 2, got 1"),
         ({"tol": 0.0}, "`tol` must be a number between 0 and 1, got 0.0"),
-        ({"sigma_min": 1e-5}, "`sigma` must be within the scheduler's levels"),
+        (
+            {"sigma_min": 1e-5},
+            "`sigma_min` must be one number within the scheduler's levels, 0.01 to 157.4, got 1e-05",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             log_likelihood(field, x, **kwargs)

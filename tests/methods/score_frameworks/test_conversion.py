@@ -105,11 +105,11 @@ def test_an_ncsn_samples_by_ddim():
         (lambda: timestep_of_sigma(ALPHAS, [1.0, 0.0]), "`sigma` must be above 0, got 0"),
         (
             lambda: sigma_of_timestep(torch.tensor([0.5, 0.0]), 1),
-            "`alphas_cumprod` .* not a schedule of zero terminal",
+            "`alphas_cumprod` .* not one of zero terminal",
         ),
         (lambda: score_from_output(torch.ones(1), torch.ones(1), 1.0, "x"), "`prediction_type` must be one of"),
         (lambda: score_from_output(torch.ones(1), torch.ones(1), 0.0, "sample"), "`sigma` must be above 0"),
-        (lambda: ncsn_as_denoiser(None, [0.1, 1.0]), "`sigmas` must be two falling numbers above 0"),
+        (lambda: ncsn_as_denoiser(len, [0.1, 1.0]), "`sigmas` must be two falling numbers above 0"),
     ],
 )
 def test_errors(call, message):

@@ -44,7 +44,7 @@ def test_largest_distance():
         (lambda: geometric_sigmas(1.0, 0.1, dimension=64, overlap=0.0), r"`overlap` must be in \(0, 1\)"),
         (lambda: langevin_step_size([1.0, 2.0], 5), "`sigmas` must be two falling numbers"),
         (lambda: langevin_step_size([2.0, 1.0], 0), "`steps_per_level` must be an integer >= 1"),
-        (lambda: largest_distance(torch.full((3, 2), math.nan)), "`images` must be two or more, of finite numbers"),
+        (lambda: largest_distance(torch.full((3, 2), math.nan)), "`images` must be two or more, .* of finite floats"),
     ],
 )
 def test_errors(call, message):

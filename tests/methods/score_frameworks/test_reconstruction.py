@@ -254,6 +254,29 @@ def test_callbacks_types_and_other_schedulers(pipeline, tmp_path):
     assert (half - full).abs().max() < 0.05 * full.abs().max()
 
 
+def test_gradients_in_inference_mode(pipeline):
+    def call():
+        options = {"method": "pigdm", "num_inference_steps": 2, "num_samples": 1, "output_type": "pt"}
+        return pipeline(KSPACE, OPERATOR, 0.1, generator=seeded(), **options).images
+
+    with torch.inference_mode():
+        inside = call()
+    torch.testing.assert_close(inside, call())
+
+
+@pytest.mark.parametrize("noise_std", [0.0, 0.5])
+def test_what_no_image_would_give(noise_std):
+    """An operator that sees every second pixel, and a measurement with numbers where it sees nothing."""
+    seen = torch.tensor([1.0, 0.0], dtype=torch.float64).repeat(4)
+    operator = LinearOperator(lambda x: x * seen, lambda y: y * seen)
+    measurement, clean = torch.rand(2, 3, 1, 8, 8, generator=seeded(), dtype=torch.float64)
+    found = operator.solver(measurement, noise_std)(clean, 0.25)
+    expected = seen * (measurement - clean) * 0.25 / (0.25 + noise_std**2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    nothing = LinearOperator(lambda x: 0 * x, lambda y: 0 * y).solver(measurement, noise_std)
+    assert torch.equal(nothing(clean, 0.25), torch.zeros_like(clean))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -305,7 +328,7 @@ def test_bad_operators_and_models_are_refused(pipeline):
     with pytest.raises(ValueError, match="`tolerance` must be a number > 0, got 0"):
         LinearOperator(lambda x: x, lambda y: y, tolerance=0)
     zero = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
-    with pytest.raises(ValueError, match="not a schedule of zero terminal SNR"):
+    with pytest.raises(ValueError, match="not one of zero terminal SNR"):
         make(scheduler=zero)(KSPACE, OPERATOR)
     classes = make()
     classes.register_modules(unet=UNet2DModel(

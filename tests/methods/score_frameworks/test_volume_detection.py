@@ -132,6 +132,10 @@ def test_a_stopped_run_goes_on_and_ends_alike(pipeline, folder, whole, tmp_path,
     os.utime(tmp_path / "out" / "a.json", (1, 1))
     detect_in_volumes(pipeline, folder, tmp_path / "out", batch_size=2, **CALL)
     assert calls[6:] == [2]
+    # And one whose record a full disk cut.
+    (tmp_path / "out" / "a.json").write_text('{"volume"')
+    assert detect_in_volumes(pipeline, folder, tmp_path / "out", batch_size=2, **CALL) == records
+    assert calls[7:] == [2]
 
 
 def test_results_of_other_settings_are_not_mixed(pipeline, folder, whole):
@@ -186,6 +190,11 @@ def test_bad_input_is_refused_before_any_work(pipeline, folder, tmp_path):
         ({"seed": -1}, "`seed` must be an integer >= 0, got -1"),
         ({"size": 7}, r"`size` must be of images of 1 channels and of sides that 2 divides, got .* \(1, 1, 7, 7\)"),
         ({"size": "8"}, "`size` must be an integer >= 1, got '8'"),
+        ({"size": True}, "`size` must be an integer >= 1, got True"),
+        ({"percentile": "a"}, r"`percentile` must be a number in \(0, 100\], got 'a'"),
+        ({"field_of_view": 0}, "`field_of_view` must be a number > 0 of millimetres, got 0"),
+        ({"volumes": None}, "`volumes` must be a file, a folder or several, got None"),
+        ({"output_dir": None}, "`output_dir` must be a folder, got None"),
         ({"axis": "z"}, "`axis` must be one of .* got 'z'"),
         ({"steps": 3}, "`settings` must be among .* got 'steps'"),
         ({"strength": 2}, r"`strength` must be a number in \(0, 1\], got 2"),
