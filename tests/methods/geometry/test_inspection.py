@@ -216,7 +216,7 @@ def test_callback_refuses_what_is_no_denoiser_of_images_before_the_first_step():
 def test_other_pipelines_are_refused_by_name(tmp_path):
     """A network that reads more than an image, such as those of signals seen through a forward model."""
     wide = UNet2DModel(
-        sample_size=8, in_channels=6, out_channels=1, block_out_channels=(2,), norm_num_groups=1, layers_per_block=1,
+        sample_size=8, in_channels=6, out_channels=1, block_out_channels=(8,), norm_num_groups=1, layers_per_block=1,
         down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
     )  # fmt: skip
     ImageGenerationPipeline(wide, DDIMScheduler()).save_pretrained(tmp_path / "wide")
