@@ -225,14 +225,14 @@ def test_other_pipelines_are_refused_by_name(tmp_path):
 
 
 def test_damaged_results(run):
-    """A record that a full disk cut is measured again; settings that are none are refused."""
+    """Records that a full disk cut are measured again; settings that are none are refused."""
     folder, words, _ = run
-    record = folder / "images" / "000001.json"
-    whole = record.read_text()
-    for damaged in (whole[:40], "{}", "[]"):
+    records = [folder / "images" / f"00000{i}.json" for i in range(2)]
+    whole = [record.read_text() for record in records]
+    for record, damaged in zip(records, (whole[0][:40], "{}"), strict=True):
         record.write_text(damaged)
-        main(words)
-        assert json.loads(record.read_text()) == json.loads(whole)
+    main(words)
+    assert [json.loads(record.read_text()) for record in records] == [json.loads(text) for text in whole]
     settings = folder / "settings.json"
     kept = settings.read_text()
     for damaged in (kept[:20], "[]"):
