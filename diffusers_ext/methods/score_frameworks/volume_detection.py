@@ -90,7 +90,7 @@ def detect_in_volumes(
     require(isinstance(pipeline, AnomalyDetectionPipeline), "pipeline", pipeline, "an AnomalyDetectionPipeline")
     for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
         require(is_whole(value, least), name, value, f"an integer >= {least}")
-    places: Any = volumes if isinstance(volumes, list | tuple) else [volumes]
+    places = volumes if isinstance(volumes, list | tuple) else [volumes]
     require(all(isinstance(place, str | Path) for place in places), "volumes", volumes, "a file, a folder or several")
     require(isinstance(output_dir, str | Path), "output_dir", output_dir, "a folder")
     channels = pipeline.unet.config.in_channels
@@ -128,7 +128,7 @@ def detect_in_volumes(
     return records
 
 
-def _sources(places: Sequence[str | Path], folder: Path) -> dict[str, Path]:
+def _sources(places: Sequence[Any], folder: Path) -> dict[str, Path]:
     """Returns the files by the names of their results."""
     found: dict[str, Path] = {}
     results = folder.resolve()
