@@ -128,7 +128,7 @@ def detect_in_volumes(
     return records
 
 
-def _sources(places: Sequence[str | Path], folder: Path) -> dict[str, Path]:
+def _sources(places: Sequence[Any], folder: Path) -> dict[str, Path]:
     """Returns the files by the names of their results."""
     found: dict[str, Path] = {}
     results = folder.resolve()
