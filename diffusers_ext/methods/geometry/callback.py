@@ -64,7 +64,7 @@ class SteinResidualCallback(Callback):
         Raises:
             ValueError: what is trained is no denoiser of images that takes no text.
         """
-        data = getattr(trainer.recipe, "data", None)
+        data: Any = getattr(trainer.recipe, "data", None)
         item = data.get(0, torch.Generator()) if hasattr(data, "get") else {}
         with trainer.exported_pipeline() as pipeline:
             text = hasattr(pipeline, "tokenizer")
