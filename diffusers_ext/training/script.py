@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,10 @@ def run_training(recipe_class: type[Recipe[Any]], argv: Sequence[str] | None = N
     description = (inspect.getdoc(recipe_class) or "").split("\n\n")[0]
     try:
         config = parse_config(recipe_class.Config, argv, prog=prog, description=description)
-        Trainer(config, recipe_class(config)).train()
+        trainer = Trainer(config, recipe_class(config))
+        result = trainer.train()
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
+    if result.stopped_by is not None:
+        said = f"stopped by {result.stopped_by} after {result.steps} of {trainer.total_steps} updates"
+        trainer.accelerator.print(f"{said}; go on with --resume_from_checkpoint latest", file=sys.stderr)

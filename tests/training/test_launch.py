@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -99,6 +100,7 @@ def test_a_terminated_script_resumed_by_accelerate_launch_leaves_a_complete_repo
     child.send_signal(signal.SIGTERM)
     _, errors = child.communicate(120)
     assert child.returncode == 0, errors
+    assert re.search(r"stopped by SIGTERM after \d+ of 17 updates; go on with --resume_from_checkpoint", errors)
     single = ["--config_file", CONFIGS / "single.yaml", "-m", "diffusers_ext.train", "immiscible"]
     result = execute([*LAUNCH, *single, *arguments])
     assert result.returncode == 0, result.stderr
