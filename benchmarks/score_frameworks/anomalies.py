@@ -41,7 +41,7 @@ SAYS = {
     ),
     "map_over_autoencoder": "It is {:.2f} times that of the distance to an autoencoder of the network's size.",
     "nearest_over_map": "The nearest training image's is {:.2f} times the map's.",
-    "intensity_over_map": "Real tumours: plain intensity has {:.1f} times the map's average precision.",
+    "intensity_over_map": "Real tumours: plain intensity has {:.2f} times the map's average precision.",
 }
 
 
