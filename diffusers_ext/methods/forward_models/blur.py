@@ -11,6 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers_ext.training.config import is_number, is_whole, require
 
 from .protocol import ForwardModel, Parameters
+from .views import check_corners, pixels_from
 
 __all__ = ["BlurForwardModel", "DownsampleForwardModel"]
 
@@ -65,7 +66,6 @@ class BlurForwardModel(ForwardModel):
         Raises:
             ValueError: the sizes are not divisible.
         """
-        assert isinstance(parameters, torch.Tensor)
         sigma, factor = self.config.sigma, self.config.factor
         _check_sizes(signal, factor)
         reach = math.ceil(4 * sigma)
@@ -77,11 +77,7 @@ class BlurForwardModel(ForwardModel):
         blurred = F.conv2d(blurred, kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
         if factor == 1:
             return blurred
-        first = parameters.to(signal.device, torch.long)
-        sizes = (height, width)
-        rows, columns = (first[:, i, None] + torch.arange(0, sizes[i], factor, device=signal.device) for i in range(2))
-        which = torch.arange(len(signal), device=signal.device)[:, None, None]
-        return blurred[which, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+        return pixels_from(blurred, parameters, range(0, height, factor), range(0, width, factor))
 
     def sample_parameters(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """Draws `(n, 2)` first rows and columns."""
@@ -95,12 +91,7 @@ class BlurForwardModel(ForwardModel):
             ValueError: as said, or parameters are missing or not whole numbers.
         """
         super().check_parameters(parameters, n)
-        pairs = isinstance(parameters, torch.Tensor) and parameters.shape[1:] == (2,)
-        require(pairs, "parameters", type(parameters).__name__, "a tensor (batch, 2) of rows and columns")
-        assert isinstance(parameters, torch.Tensor)
-        fine = (parameters >= 0) & (parameters < self.config.factor) & (parameters == parameters.long())
-        bad = parameters[~fine.all(1)].tolist()
-        require(not bad, "parameters", bad[:1], f"whole numbers from 0 to {self.config.factor - 1}")
+        check_corners(parameters, (self.config.factor - 1,) * 2)
 
 
 class DownsampleForwardModel(ForwardModel):

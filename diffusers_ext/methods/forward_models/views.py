@@ -12,7 +12,7 @@ from diffusers_ext.training.config import is_number, is_whole, require
 
 from .protocol import ForwardModel, Parameters
 
-__all__ = ["CropForwardModel", "MaskForwardModel", "pair"]
+__all__ = ["CropForwardModel", "MaskForwardModel", "check_corners", "pixels_from"]
 
 
 def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -24,6 +24,32 @@ def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     both: Any = tuple(value) if isinstance(value, list | tuple) else (value, value)
     require(len(both) == 2 and all(map(is_whole, both)), name, value, "one or two integers > 0")
     return both[0], both[1]
+
+
+def check_corners(parameters: Parameters, last: tuple[int, int]) -> None:
+    """Refuses parameters that are no rows and columns from (0, 0) to `last`.
+
+    Raises:
+        ValueError: as said.
+    """
+    corners = isinstance(parameters, torch.Tensor) and parameters.shape[1:] == (2,)
+    found = tuple(parameters.shape) if isinstance(parameters, torch.Tensor) else type(parameters).__name__
+    require(corners, "parameters", found, "a tensor (batch, 2) of rows and columns")
+    assert isinstance(parameters, torch.Tensor)
+    limit = torch.tensor(last, device=parameters.device)
+    fine = (parameters >= 0) & (parameters <= limit) & (parameters == parameters.long())
+    bad = parameters[~fine.all(1)].tolist()
+    require(not bad, "parameters", bad[:1], f"whole numbers from (0, 0) to {last}")
+
+
+def pixels_from(signal: torch.Tensor, corners: Parameters, rows: range, columns: range) -> torch.Tensor:
+    """Returns each image's pixels in rows and columns that are counted from its own corner, `(batch, 2)`."""
+    assert isinstance(corners, torch.Tensor)
+    start = corners.to(signal.device, torch.long)
+    steps = [torch.arange(part.start, part.stop, part.step, device=signal.device) for part in (rows, columns)]
+    y, x = (start[:, i, None] + step for i, step in enumerate(steps))
+    which = torch.arange(len(signal), device=signal.device)[:, None, None]
+    return signal[which, :, y[:, :, None], x[:, None, :]].movedim(-1, 1)
 
 
 class CropForwardModel(ForwardModel):
@@ -68,13 +94,9 @@ class CropForwardModel(ForwardModel):
         Raises:
             ValueError: the signal is of another size than `sample_size`.
         """
-        assert isinstance(parameters, torch.Tensor)
         accepted = f"(batch, channels, {', '.join(map(str, self.sample_size))}), as `sample_size` says"
         require(signal.ndim == 4 and signal.shape[2:] == self.sample_size, "signal", tuple(signal.shape), accepted)
-        corner = parameters.to(signal.device, torch.long)
-        rows, columns = (corner[:, i, None] + torch.arange(self.size[i], device=signal.device) for i in range(2))
-        which = torch.arange(len(signal), device=signal.device)[:, None, None]
-        return signal[which, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+        return pixels_from(signal, parameters, *map(range, self.size))
 
     def sample_parameters(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """Draws `(n, 2)` corners, every window equally often."""
@@ -89,15 +111,7 @@ class CropForwardModel(ForwardModel):
             ValueError: as said, or parameters are missing or not whole numbers.
         """
         super().check_parameters(parameters, n)
-        corners = isinstance(parameters, torch.Tensor) and parameters.shape[1:] == (2,)
-        found = tuple(parameters.shape) if isinstance(parameters, torch.Tensor) else type(parameters).__name__
-        require(corners, "parameters", found, "a tensor (batch, 2) of rows and columns")
-        assert isinstance(parameters, torch.Tensor)
-        free = [whole - window for window, whole in zip(self.size, self.sample_size, strict=True)]
-        last = torch.tensor(free, device=parameters.device)
-        fine = (parameters >= 0) & (parameters <= last) & (parameters == parameters.long())
-        bad = parameters[~fine.all(1)].tolist()
-        require(not bad, "parameters", bad[:1], f"whole numbers from (0, 0) to {tuple(free)}")
+        check_corners(parameters, (self.sample_size[0] - self.size[0], self.sample_size[1] - self.size[1]))
 
 
 class MaskForwardModel(ForwardModel):

@@ -228,7 +228,7 @@ BAD = {
     "keep": (lambda: MaskForwardModel(8, 0.0), "`keep_probability` must be in"),
     "sigma": (lambda: BlurForwardModel(0.0), "`sigma` must be a number > 0, got 0.0"),
     "factor": (lambda: DownsampleForwardModel(0), "`factor` must be an integer >= 1, got 0"),
-    "phase": (lambda: BlurForwardModel(1.0, 2).check_parameters(torch.tensor([[2, 0]])), "whole numbers from 0 to 1"),
+    "phase": (lambda: BlurForwardModel(1.0, 2).check_parameters(torch.tensor([[2, 0]])), r"to .1, 1.*, got"),
     "divisible": (lambda: DownsampleForwardModel(4)(random(1, 1, 8, 6), torch.zeros(1, 0)), "divisible by 4"),
     "bins": (lambda: ProjectionForwardModel(0), "`num_bins` must be an integer >= 1"),
     "flow scale": (lambda: WarpForwardModel(0.0), "`flow_scale` must be a number > 0"),
