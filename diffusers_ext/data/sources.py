@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 
 from .arrays import ArrayRows, read_arrays
 from .exact import check_noise_levels, check_value_range, exact_pixels, opened
-from .folder import open_folder
 from .reading import eight_bits, pixels_of
+from .rows import check_columns, count_uncaptioned, read_rows
 
-__all__ = ["ImageDataset", "ImageStream", "load_images", "read_rows"]
+__all__ = ["ImageDataset", "ImageStream", "load_images"]
 
 logger = logging.getLogger(__name__)
 
@@ -388,13 +388,13 @@ def load_images(
         fingerprint = f"{path.resolve()} {file.st_size} {file.st_mtime_ns} {len(rows)}"
     else:
         rows, said = read_rows(dataset_name, path, dataset_config_name, split, streaming, require_captions)
-        rows, names, label_column, classes = _columns(rows, image_column, label_column, caption_column)
+        rows, names, label_column, classes = check_columns(rows, image_column, label_column, caption_column)
         if sigma_column in names and not streaming:
             check_noise_levels(rows[sigma_column][:], str(sigma_column), len(rows))
         if max_train_samples is not None:
             rows = rows.take(max_train_samples) if streaming else rows.select(range(min(max_train_samples, len(rows))))
         if caption_column in names and not streaming:
-            said += _uncaptioned(rows, caption_column, require_captions)
+            said += count_uncaptioned(rows, caption_column, require_captions)
         fingerprint = None if streaming else f"{rows._fingerprint} {image_column} {label_column} {caption_column}"
     if fingerprint is not None and (exact or sigma_column is not None):
         fingerprint += f" {sigma_column} {exact} {value_range}"
@@ -409,104 +409,3 @@ def load_images(
         "description": f"{count} images from {dataset_name or (path.name if path else '')}{said}",
     }
     return ImageStream(rows, require_captions, **options) if streaming else ImageDataset(rows, **options)
-
-
-def read_rows(
-    dataset_name: str | None,
-    path: Path | None,
-    config_name: str | None,
-    split: str,
-    streaming: bool = False,
-    strict: bool = False,
-) -> tuple[Any, str]:
-    """Opens a split with `datasets`; returns the rows and what is to be said of them beside their number.
-
-    Args:
-        dataset_name: the data set's name on the Hub.
-        path: instead of it a folder that `save_to_disk` wrote, one of images or parquet files, or a parquet file.
-        config_name: the Hub data set's configuration.
-        split: its part.
-        streaming: open it as a stream.
-        strict: refuse images that the metadata leaves out.
-
-    Raises:
-        ValueError: there is no such split, or nothing that can be read.
-    """
-    import datasets
-
-    options: dict[str, Any] = {"split": split, "streaming": streaming}
-    if path is None:
-        return datasets.load_dataset(str(dataset_name), config_name, **options), ""
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        saved: Any = datasets.load_from_disk(str(path))
-        if isinstance(saved, datasets.DatasetDict):
-            if split not in saved:
-                raise ValueError(f"`split` must be one of {sorted(saved)}, got {split!r}.")
-            saved = saved[split]
-        return saved.to_iterable_dataset() if streaming else saved, ""
-    if path.suffix == ".parquet":
-        return datasets.load_dataset("parquet", data_files=str(path), **options), ""
-    return open_folder(path, split, streaming, strict)
-
-
-def _columns(
-    rows: Any, image_column: str, label_column: str | None, caption_column: str | None
-) -> tuple[Any, list[str], str | None, list[str] | None]:
-    """Checks the columns' types; returns the rows with undecoded images, columns, label column and class names."""
-    import datasets
-
-    features = rows.features or rows._resolve_features().features
-    if image_column in features:
-        feature = features[image_column]
-        # Parquet that another program wrote has the bare struct, bytes or paths.
-        encoded = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
-        plain = isinstance(feature, datasets.Value) and feature.dtype.removeprefix("large_") in ("binary", "string")
-        if not (isinstance(feature, datasets.Image) or encoded or plain):
-            raise ValueError(f"`image_column` must hold images, got {image_column!r} of type {_type(feature)}.")
-        rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    if caption_column in features and _type(features[caption_column]).removeprefix("large_") != "string":
-        raise ValueError(
-            f"`caption_column` must hold strings, got {caption_column!r} of type {_type(features[caption_column])}."
-        )
-    integers = {n for n in features if _type(features[n]).startswith(("int", "uint"))}
-    readable = isinstance(rows, datasets.Dataset)
-
-    def unlabelled(column: str) -> list[Any]:
-        return [x for x in rows[column][:] if x is None or x < 0] if readable and column in integers else []
-
-    if label_column is None:
-        # -1 stands for no label in many data sets.
-        declared = [n for n in ("label", "labels") if isinstance(features.get(n), datasets.ClassLabel)]
-        label_column = next((n for n in declared if not unlabelled(n)), None)
-    elif bad := unlabelled(label_column):
-        raise ValueError(f"`label_column` must hold labels >= 0, got {label_column!r} with {bad[0]!r}.")
-    classes = None
-    if label_column is not None and label_column in features:
-        feature = features[label_column]
-        if isinstance(feature, datasets.ClassLabel):
-            classes = list(feature.names)
-        elif readable and label_column in integers:
-            classes = [str(i) for i in range(max(rows[label_column]) + 1)]
-        else:
-            raise ValueError(
-                "`label_column` must hold class labels (declared as ClassLabel, or integers where the data is not "
-                f"streamed), got {label_column!r} of type {_type(feature)}."
-            )
-    return rows, list(features), label_column, classes
-
-
-def _uncaptioned(rows: Any, column: str, strict: bool) -> str:
-    """Counts the rows without a caption."""
-    missing = sum(1 for text in rows[column] if not (text or "").strip())
-    if not missing:
-        return ""
-    if strict:
-        raise ValueError(
-            f"`require_captions` is set and {missing} of {len(rows)} images have no caption in {column!r}."
-        )
-    logger.warning("%d of %d images have no caption in %r; the empty text stands for it.", missing, len(rows), column)
-    return f" ({missing} without a caption)"
-
-
-def _type(feature: Any) -> str:
-    return str(getattr(feature, "dtype", feature))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusers_ext.data.sources import read_rows
+from diffusers_ext.data.rows import read_rows
 from diffusers_ext.rng import mix
 from diffusers_ext.training.config import is_range, is_whole, require
 
