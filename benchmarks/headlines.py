@@ -120,7 +120,7 @@ METHODS = {
         ),
         "headline": (
             "A DDPM as a VE process: {frameworks[fd_ve_over_ddpm]} times DDPM's Frechet distance after 100 calls. "
-            "Foreign patches: {anomalies[map_over_pca]:.1f} times the average precision of principal components."
+            "Heads from 17 of 64 lines of k-space: {reconstruction[pigdm_mean_over_tv]:.1f} dB nearer than total variation."
         ),
     },
     "sda": {
