@@ -120,7 +120,8 @@ METHODS = {
         ),
         "headline": (
             "A DDPM as a VE process: {frameworks[fd_ve_over_ddpm]} times DDPM's Frechet distance after 100 calls. "
-            "Heads from 17 of 64 lines of k-space: {reconstruction[pigdm_mean_over_tv]:.1f} dB nearer than total variation."
+            "Heads from 17 of 64 lines of k-space: {reconstruction[pigdm_mean_over_tv]:.1f} dB nearer than by total "
+            "variation."
         ),
     },
     "sda": {
