@@ -80,7 +80,8 @@ def _anomalies(base: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         images = torch.from_numpy(file["images"][: 2 * DIGITS] / np.float32(255))[:, None]
     odd = images[:DIGITS].clone()
     odd[:, :, PLACE, PLACE] = images[DIGITS:, :, 10:19, 10:19]
-    finder = AnomalyDetectionPipeline.from_pipe(base)
+    finder = AnomalyDetectionPipeline(base.unet, base.scheduler)
+    finder.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     found = finder(odd, STRENGTH, 10, num_samples=4, generator=generator, output_type="pt")
     return odd, found.reconstruction, found.anomaly_map
