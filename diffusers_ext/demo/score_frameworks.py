@@ -83,7 +83,7 @@ def _anomalies(base: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     finder = AnomalyDetectionPipeline(base.unet, base.scheduler)
     finder.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    found = finder(odd, STRENGTH, 10, num_samples=4, generator=generator, output_type="pt")
+    found: Any = finder(odd, STRENGTH, 10, num_samples=4, generator=generator, output_type="pt")
     return odd, found.reconstruction, found.anomaly_map
 
 
