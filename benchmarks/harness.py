@@ -1,5 +1,6 @@
 """What all benchmarks share: interleaved timing and one format for results."""
 
+import argparse
 import json
 import platform
 import re
@@ -67,6 +68,22 @@ def kept(path, make):
         partial.write_text(json.dumps(make(), indent=1))
         partial.replace(path)
     return json.loads(path.read_text())
+
+
+def chosen_seeds(description, seeds):
+    """Returns the seeds that the command line asks for, by default all, and takes one thread."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seeds", nargs="*", type=int, default=seeds)
+    torch.set_num_threads(1)
+    return parser.parse_args().seeds
+
+
+def kept_by_seed(path_of, measure, chosen, seeds):
+    """Measures the chosen seeds, each once; returns what all have, or None while one is missing."""
+    for seed in chosen:
+        print(f"seed {seed}: {kept(path_of(seed), lambda seed=seed: measure(seed))}", flush=True)
+    files = [path_of(seed) for seed in seeds]
+    return [json.loads(file.read_text()) for file in files] if all(file.is_file() for file in files) else None
 
 
 def made_portable(folder):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from benchmarks.harness import made_portable
 from benchmarks.small_models import train
 from diffusers_ext import AmbientConfig, AmbientRecipe, FrozenNoise, RepoCard, load_images, save_repo
 from diffusers_ext.data.digits import DIGITS
@@ -82,10 +83,7 @@ def make(column, name, description):
     pipeline.unet.half()
     folder = Path("diffusers_ext/assets") / name
     save_repo(pipeline, folder, card=card, sample=sample)
-    path = folder / "unet" / "config.json"  # where the model stood when it was made is nobody's business
-    entries = json.loads(path.read_text())
-    entries.pop("_name_or_path", None)
-    path.write_text(json.dumps(entries, indent=2) + "\n")
+    made_portable(folder)
 
 
 def main():

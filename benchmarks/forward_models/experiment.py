@@ -8,9 +8,9 @@ without the novel observation in its loss. What can be had at best is known here
 digits themselves ("ideal"), and the same sampler with the exact mean of that posterior for its network ("exact").
 
 Goals were taken from trials with one seed of an earlier version. A first run of 2,500 steps missed those of variance;
-its figures are on the method's page. Training resumes where it was interrupted, and what
-is finished is not done again (runs/forward_models/flatland). The result is
-benchmarks/results/forward_models/experiment.json with a picture and an animation beside it.
+its figures are on the method's page. Training resumes where it was interrupted, and what is finished is not done again
+(runs/forward_models/flatland). The result is benchmarks/results/forward_models/experiment.json with a picture and an
+animation beside it.
 """
 
 import os
@@ -28,8 +28,8 @@ from PIL import Image
 from benchmarks.forward_models import posterior
 from benchmarks.forward_models.flatland import CAMERAS, FURTHER_NOISE, NOISE, angles, camera, digits, views
 from benchmarks.forward_models.ship import FOLDER
-from benchmarks.forward_models.training import RUNS, SEEDS, drawn, once, trained, write_observations
-from benchmarks.harness import RESULTS, figure, spread, write_result
+from benchmarks.forward_models.training import RUNS, SEEDS, drawn, trained, write_observations
+from benchmarks.harness import RESULTS, figure, kept, spread, write_result
 from diffusers_ext import ForwardModelPipeline
 
 SCALE, SAMPLES, MOST = 4.0, 8, 4
@@ -133,7 +133,7 @@ def rmse(a, b):
 def measure(seed):
     """Returns all that is measured with a seed's networks."""
     held_out, _, seen, which, _ = contexts(seed)
-    found = once(RUNS / "flatland" / f"seed-{seed}" / "bounds.json", lambda: bounds(seed))
+    found = kept(RUNS / "flatland" / f"seed-{seed}" / "bounds.json", lambda: bounds(seed))
     for name in NETWORKS:
         signals = samples(name, seed)
         found[f"{name}/energy"] = [posterior.energy(part, held_out) for part in signals]
@@ -150,7 +150,7 @@ def measure(seed):
 
 
 def shipped(seed):
-    """Measures the model that ships, which is narrower and was trained for longer, on a seed's contexts."""
+    """Measures the model that ships, which is narrower, on a seed's contexts."""
     held_out, generator, seen, which, targets = contexts(seed)
     pipeline = ForwardModelPipeline.from_pretrained(FOLDER)
     pipeline.set_progress_bar_config(disable=True)
@@ -280,8 +280,8 @@ def main():
     start, measured = time.process_time(), []
     for seed in SEEDS:
         folder = RUNS / "flatland" / f"seed-{seed}"
-        found = once(folder / "measured.json", lambda seed=seed: measure(seed))
-        measured.append({**found, "shipped": once(folder / "shipped.json", lambda seed=seed: shipped(seed))})
+        found = kept(folder / "measured.json", lambda seed=seed: measure(seed))
+        measured.append({**found, "shipped": kept(folder / "shipped.json", lambda seed=seed: shipped(seed))})
         print(f"seed {seed} after {time.process_time() - start:.0f} s of the processor", flush=True)
         report(measured, time.process_time() - start)
         if seed == 0:

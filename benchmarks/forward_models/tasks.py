@@ -28,8 +28,8 @@ from torch import nn
 
 from benchmarks.forward_models import posterior
 from benchmarks.forward_models.flatland import digits
-from benchmarks.forward_models.training import RUNS, SEEDS, drawn, once, trained, write_observations
-from benchmarks.harness import RESULTS, figure, spread, write_result
+from benchmarks.forward_models.training import RUNS, SEEDS, drawn, trained, write_observations
+from benchmarks.harness import RESULTS, figure, kept, spread, write_result
 from diffusers_ext import (
     CropForwardModel,
     ForwardModelRecipe,
@@ -341,7 +341,7 @@ def main():
     for seed in SEEDS:
         for task, measure in TASKS.items():
             path = RUNS / task / f"seed-{seed}" / "measured.json"
-            measured[task].append(once(path, lambda measure=measure, seed=seed: measure(seed)))
+            measured[task].append(kept(path, lambda measure=measure, seed=seed: measure(seed)))
             print(f"{task}, seed {seed} after {time.process_time() - start:.0f} s of the processor", flush=True)
         report(measured, time.process_time() - start)
         if seed == 0:

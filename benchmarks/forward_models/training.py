@@ -79,13 +79,3 @@ def drawn(pipeline, context, targets, samples, generator):
     if not found:  # the regression calls its network once
         found.append(result.signals.unflatten(0, (-1, samples)))
     return torch.stack(found)
-
-
-def once(path, make):
-    """Returns what a JSON file holds, made if it is not there."""
-    if not path.is_file():
-        found = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".tmp").write_text(json.dumps(found))
-        path.with_suffix(".tmp").replace(path)
-    return json.loads(path.read_text())

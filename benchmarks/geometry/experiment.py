@@ -13,7 +13,6 @@ benchmarks/results/geometry/experiment.json with two pictures beside it.
 """
 
 import argparse
-import json
 import re
 import statistics
 import time
@@ -28,7 +27,7 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
-from benchmarks.harness import RESULTS, figure, spread, write_result
+from benchmarks.harness import RESULTS, figure, kept, spread, write_result
 from diffusers_ext import (
     ScoreField,
     exact_jacobian,
@@ -203,15 +202,14 @@ def trained(data, kind, seed):
     return average.eval()
 
 
-def kept(seed, name, make):
-    """Returns a stage's figures, made once."""
-    path = RUNS / f"seed-{seed}" / f"{name}.json"
-    if not path.is_file():
+def stage_of(seed, name, make):
+    """Returns a stage's figures, made once, and the seconds that it took."""
+
+    def timed():
         start = time.perf_counter()
-        found = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**found, "seconds": time.perf_counter() - start}))
-    return json.loads(path.read_text())
+        return {**make(), "seconds": time.perf_counter() - start}
+
+    return kept(RUNS / f"seed-{seed}" / f"{name}.json", timed)
 
 
 def generator():
@@ -463,10 +461,10 @@ def main():
     torch.set_num_threads(1)
     runs, seconds = {}, 0.0
     for seed in args.seeds:
-        stages = {name: kept(seed, name, lambda name=name, seed=seed: STAGES[name](seed)) for name in args.stages}
+        stages = {name: stage_of(seed, name, lambda name=name, seed=seed: STAGES[name](seed)) for name in args.stages}
         seconds += sum(stage["seconds"] for stage in stages.values())
         runs[seed] = stages
-    of_shipped = kept("shipped", "curve", shipped)
+    of_shipped = stage_of("shipped", "curve", shipped)
     per_seed = [figures_of(stages) for stages in runs.values()]
     figures = {}
     for name in per_seed[0]:

@@ -8,8 +8,6 @@ training set (benchmarks.score_frameworks.brains) has none; patient 2 is unseen,
 which favours the map.
 """
 
-import argparse
-import json
 import os
 import statistics
 import time
@@ -20,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.harness import RESULTS, figure, kept, write_result
+from benchmarks.harness import RESULTS, chosen_seeds, figure, kept_by_seed, write_result
 from benchmarks.score_frameworks.autoencoder import autoencoder, training_digits
 from benchmarks.score_frameworks.brain_models import RUNS, SEEDS, brain_model
 from diffusers_ext import AnomalyDetectionPipeline, asset_path, auroc, average_precision, best_dice
@@ -125,20 +123,11 @@ def measure(seed):
     return found | {"seconds": time.perf_counter() - start}
 
 
-def of_seed(seed):
-    return RUNS / f"anomalies-{seed}.json"
-
-
 def main():
-    parser = argparse.ArgumentParser(description="Finds foreign patches and tumours.")
-    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    for seed in args.seeds:
-        print(f"seed {seed}: {kept(of_seed(seed), lambda seed=seed: measure(seed))}", flush=True)
-    if not all(of_seed(seed).is_file() for seed in SEEDS):
+    chosen = chosen_seeds("Finds foreign patches and tumours.", SEEDS)
+    seeds = kept_by_seed(lambda seed: RUNS / f"anomalies-{seed}.json", measure, chosen, SEEDS)
+    if seeds is None:
         return
-    seeds = [json.loads(of_seed(seed).read_text()) for seed in SEEDS]
 
     def ratio(first, second, goal=None):
         values = [s[f"ap_{first}"] / s[f"ap_{second}"] for s in seeds]

@@ -6,7 +6,6 @@ They have the size of the denoiser that makes the maps (0.27 M weights and 0.28 
 Between encoder and decoder an image is 24 numbers, as many as the principal components that are compared too.
 """
 
-import argparse
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from benchmarks.harness import chosen_seeds
 from benchmarks.score_frameworks.brain_models import ROOT, RUNS, SEEDS
 
 BOTTLENECK, EPOCHS, BATCH, LEARNING_RATE = 24, 40, 64, 2e-3
@@ -73,11 +73,7 @@ def autoencoder(seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Trains the autoencoders of digits.")
-    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    for seed in args.seeds:
+    for seed in chosen_seeds("Trains the autoencoders of digits.", SEEDS):
         autoencoder(seed)
 
 

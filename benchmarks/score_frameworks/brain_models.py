@@ -5,16 +5,13 @@
 The data are made by benchmarks.score_frameworks.brains. A training that was stopped goes on where it was.
 """
 
-import argparse
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 
-import torch
-
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, chosen_seeds
 from benchmarks.small_models import train
 from diffusers_ext import DenoisingConfig, DenoisingRecipe
 
@@ -66,11 +63,7 @@ def brain_model(seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Trains the denoisers of brain slices.")
-    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    for seed in args.seeds:
+    for seed in chosen_seeds("Trains the denoisers of brain slices.", SEEDS):
         brain_model(seed)
 
 

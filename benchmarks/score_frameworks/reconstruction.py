@@ -8,8 +8,6 @@ which images lie in [0, 1]. Total variation gets its best weight on these very s
 its own model, mask and noise, and is kept in runs/score_frameworks.
 """
 
-import argparse
-import json
 import os
 import statistics
 import time
@@ -23,7 +21,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from skimage.restoration import denoise_tv_chambolle
 
-from benchmarks.harness import RESULTS, figure, kept, write_result
+from benchmarks.harness import RESULTS, chosen_seeds, figure, kept_by_seed, write_result
 from benchmarks.score_frameworks.brain_models import RUNS, SEEDS, brain_model
 from diffusers_ext import FourierSampling, ReconstructionPipeline, asset_path
 
@@ -86,12 +84,17 @@ def quality(found, truth):
     }
 
 
-def images_of(seed):
-    """Returns truth, images by method, and the samples' deviation of a seed."""
+def scan(seed, generator):
+    """Returns the slices, the operator of a seed's lines, and noisy k-space."""
     truth, operator = patient_two(), FourierSampling(lines(seed))
     clean = operator.forward(truth)
-    noise = torch.randn(clean.shape, dtype=clean.dtype, generator=torch.Generator().manual_seed(seed))
-    kspace = clean + NOISE * noise * operator.mask
+    noise = torch.randn(clean.shape, dtype=clean.dtype, generator=generator)
+    return truth, operator, clean + NOISE * noise * operator.mask
+
+
+def images_of(seed):
+    """Returns truth, images by method, and the samples' deviation of a seed."""
+    truth, operator, kspace = scan(seed, torch.Generator().manual_seed(seed))
     kspace, _ = operator.complete(kspace, NOISE)  # all methods start from completed k-space
     found = {"zero_filled": operator.adjoint(kspace)}
     trials = [total_variation(operator, kspace, weight) for weight in WEIGHTS]
@@ -127,21 +130,12 @@ def picture(truth, found, std):
     image.resize((2 * image.width, 2 * image.height), Image.Resampling.BICUBIC).save(path)
 
 
-def of_seed(seed):
-    return RUNS / f"reconstruction-{seed}.json"
-
-
 def main():
-    parser = argparse.ArgumentParser(description="Compares reconstructions of undersampled scans.")
-    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    chosen = chosen_seeds("Compares reconstructions of undersampled scans.", SEEDS)
     warnings.filterwarnings("ignore", module="skimage")
-    for seed in args.seeds:
-        print(f"seed {seed}: {kept(of_seed(seed), lambda seed=seed: measure(seed))}", flush=True)
-    if not all(of_seed(seed).is_file() for seed in SEEDS):
+    seeds = kept_by_seed(lambda seed: RUNS / f"reconstruction-{seed}.json", measure, chosen, SEEDS)
+    if seeds is None:
         return
-    seeds = [json.loads(of_seed(seed).read_text()) for seed in SEEDS]
 
     def of(values, unit, goal=None):
         return figure(statistics.mean(values), unit, goal, statistics.stdev(values))

@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.harness import RESULTS, made_portable
 from benchmarks.score_frameworks.brain_models import brain_model
-from benchmarks.score_frameworks.reconstruction import NOISE, lines, patient_two, quality
-from diffusers_ext import FourierSampling, ImageGenerationPipeline, ReconstructionPipeline, RepoCard, save_repo
+from benchmarks.score_frameworks.reconstruction import NOISE, quality, scan
+from diffusers_ext import ImageGenerationPipeline, ReconstructionPipeline, RepoCard, save_repo
 from diffusers_ext.training.callbacks import image_grid
 
 FOLDER = RESULTS.parents[1] / "diffusers_ext" / "assets" / "brains-base"
@@ -34,10 +34,8 @@ def main():
     arguments = json.loads((folder / "training_arguments.json").read_text())
     pipeline = ImageGenerationPipeline.from_pretrained(folder)
     pipeline.unet.half()
-    truth, operator = patient_two(), FourierSampling(lines(0))
     generator = torch.Generator().manual_seed(0)
-    kspace = operator.forward(truth)
-    kspace = kspace + NOISE * operator.mask * torch.randn(kspace.shape, dtype=kspace.dtype, generator=generator)
+    truth, operator, kspace = scan(0, generator)
     pipeline.unet.float()  # with the rounded weights
     pipeline.set_progress_bar_config(disable=True)
     drawn = pipeline(16, num_inference_steps=50, generator=generator).images

@@ -97,12 +97,7 @@ class ScoreField:
         Raises:
             ValueError: sigma is outside the levels, or of another batch.
         """
-        level = self.at(sigma, beyond)
-        if level.sigma.numel() != 1 and tuple(level.sigma.shape) != (len(like),):
-            raise ValueError(f"`sigma` must be one level or {len(like)}, got the shape {tuple(level.sigma.shape)}.")
-        shape = (-1, *[1] * (like.ndim - 1)) if level.sigma.ndim else ()
-        a, b = (value.to(like.device, _precision(like)).view(shape) for value in (level.a, level.b))
-        return a, b
+        return _of_batch(self.at(sigma, beyond), like)
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         r"""Returns \(a x_0 + b\,\epsilon\), which the network takes.
@@ -132,8 +127,9 @@ class ScoreField:
         if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim == 0:
             found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
             raise ValueError(f"`x` must be floats of the shape (batch, ...), got {found}.")
-        a, b = self.coefficients(sigma, x, beyond)
-        t = self.at(sigma, beyond).t.to(x.device, _precision(x)).expand(len(x))
+        level = self.at(sigma, beyond)
+        a, b = _of_batch(level, x)
+        t = level.t.to(x.device, _precision(x)).expand(len(x))
         return self.schedule.eps(self._output(x, t), x.to(a.dtype), a, b)
 
     def score(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
@@ -167,6 +163,15 @@ class ScoreField:
 
 def _precision(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _of_batch(level: Levels, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns a and b of one level or of one for each row, in the dtype of a batch and broadcasting to it."""
+    if level.sigma.numel() != 1 and tuple(level.sigma.shape) != (len(like),):
+        raise ValueError(f"`sigma` must be one level or {len(like)}, got the shape {tuple(level.sigma.shape)}.")
+    shape = (-1, *[1] * (like.ndim - 1)) if level.sigma.ndim else ()
+    a, b = (value.to(like.device, _precision(like)).view(shape) for value in (level.a, level.b))
+    return a, b
 
 
 @contextmanager

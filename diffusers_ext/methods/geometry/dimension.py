@@ -177,7 +177,8 @@ def local_dimension(
     draws = num_draws if num_draws is not None else 8 * dim if method == "normal_bundle" else 32
     # Fewer rows than values span no more, and what they leave would count as directions of the data.
     least = dim if method == "normal_bundle" else 2
-    check_images(field, x, batch_size, num_draws=(draws, least), num_steps=(num_steps, 2))
+    for name, value, minimum in (("num_draws", draws, least), ("num_steps", num_steps, 2)):
+        require(is_whole(value, minimum), name, value, f"an integer >= {minimum}")
     levels = check_sigmas(field, sigmas)
     if method == "lidl" and len(levels) < 2:
         raise ValueError(f"`sigmas` must be two or more for 'lidl', which takes a slope, got {levels}.")
